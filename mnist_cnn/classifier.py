@@ -1,0 +1,114 @@
+"""LitClassifier: loss, accuracy, optimizer and schedule around any net that maps images to logits."""
+
+import os
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+Batch = tuple[Tensor, Tensor]  # images [N, 1, H, W], float; targets [N], int64
+
+
+class LitClassifier(LightningModule):
+    """Trains a net with cross-entropy; logs loss (nats) and accuracy (a fraction) of train, val and test.
+
+    Args:
+        net: Maps images [N, 1, H, W] to logits [N, num_classes].
+        optimizer: Called with the parameters of the net.
+        lr_scheduler: Called with the optimizer; it steps once an epoch.
+        num_classes: Number of classes.
+
+    Raises:
+        ValueError: If the optimizer refuses its settings (a negative learning rate, say).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        # The YAML's settings go into the checkpoint, so that load_from_checkpoint needs the file alone. Objects, which
+        # is what Python code gives, don't: weights_only loading refuses them. Nothing goes to the loggers: the CLI
+        # gives them the whole config, once.
+        if _given_hyperparameters.get() is not None:
+            self.save_hyperparameters(logger=False)
+        self.net = net
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.val_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        self.test_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        self.configure_optimizers()  # thrown away: a wrong setting fails here, before anything is written
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, num_classes] of images [N, 1, H, W]."""
+        return self.net(images)
+
+    def on_train_epoch_start(self) -> None:
+        """Makes dropout and the like depend on seed, epoch and process alone, so that a resumed run can repeat it."""
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        if seed is not None:
+            torch.manual_seed((int(seed) * 10_000 + self.current_epoch) * 10_000 + self.global_rank)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean cross-entropy of the batch, in nats.
+
+        Raises:
+            FloatingPointError: If the loss is not finite.
+        """
+        images, targets = batch
+        logits = self(images)
+        loss = self._loss(logits, targets, "train")
+        # Only where the trainer passes it on: self.log at every step costs as much as the step's backward pass.
+        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if interval and (self.global_step + 1) % interval == 0:
+            accuracy = (logits.argmax(dim=1) == targets).float().mean()
+            self.log_dict({"train/loss": loss, "train/acc": accuracy})
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds the batch to val/loss and val/acc."""
+        self._evaluate(batch, "val", self.val_acc)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Adds the batch to test/loss and test/acc; returns its logits [N, num_classes] for the callbacks."""
+        return self._evaluate(batch, "test", self.test_acc)
+
+    def _evaluate(self, batch: Batch, stage: str, accuracy: MulticlassAccuracy) -> Tensor:
+        images, targets = batch
+        logits = self(images)
+        accuracy.update(logits, targets)
+        # Lightning weights the mean by batch_size, over the processes too.
+        self.log(f"{stage}/loss", self._loss(logits, targets, stage), batch_size=len(targets), sync_dist=True)
+        self.log(f"{stage}/acc", accuracy, batch_size=len(targets), prog_bar=True)
+        return logits
+
+    def _loss(self, logits: Tensor, targets: Tensor, stage: str) -> Tensor:
+        loss = F.cross_entropy(logits, targets)
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"{stage}/loss became {loss.item()} at step {self.global_step} (epoch {self.current_epoch}): training"
+                " diverged; a lower learning rate may help"
+            )
+        return loss
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Probabilities [N, num_classes] of a batch whose first item is images [N, 1, H, W]."""
+        return self(batch[0]).softmax(dim=1)
+
+    def configure_optimizers(self) -> Any:
+        """The injected optimizer, with the injected schedule if there is one."""
+        optimizer = self.optimizer(self.net.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        # Only ReduceLROnPlateau reads a metric; Lightning's version of it says which.
+        monitor = getattr(scheduler, "monitor", "val/loss")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}

@@ -1,0 +1,43 @@
+"""Nets: plain `nn.Module`s from a batch of images to logits. They know nothing of training."""
+
+import torch
+from torch import nn
+
+
+class CNN(nn.Module):
+    """Three convolutions, a mean over the image, two linear layers.
+
+    With the default widths it has 2,324 parameters; the layers are named, so that histograms can be read.
+
+    Args:
+        l1_chan: Channels out of the first convolution (3x3, stride 2).
+        l2_chan: Channels out of the second convolution (3x3, stride 1).
+        l3_chan: Channels out of the third convolution (3x3, stride 2).
+        fc1_out: Width of the hidden linear layer.
+
+    Raises:
+        ValueError: If a width is below 1.
+    """
+
+    def __init__(self, l1_chan: int = 4, l2_chan: int = 8, l3_chan: int = 16, fc1_out: int = 30) -> None:
+        super().__init__()
+        if min(l1_chan, l2_chan, l3_chan, fc1_out) < 1:
+            raise ValueError(f"widths must be at least 1, got {l1_chan}, {l2_chan}, {l3_chan} and {fc1_out}")
+        self.conv1 = nn.Conv2d(1, l1_chan, kernel_size=3, stride=2)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(l1_chan, l2_chan, kernel_size=3, padding="same")
+        self.relu2 = nn.ReLU()
+        self.conv3 = nn.Conv2d(l2_chan, l3_chan, kernel_size=3, stride=2)
+        self.relu3 = nn.ReLU()
+        self.fc1 = nn.Linear(l3_chan, fc1_out)
+        self.relu4 = nn.ReLU()
+        self.fc2 = nn.Linear(fc1_out, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [N, 10] of images [N, 1, 28, 28]."""
+        x = self.relu1(self.conv1(images))  # [N, l1_chan, 13, 13]
+        x = self.relu2(self.conv2(x))  # [N, l2_chan, 13, 13]
+        x = self.relu3(self.conv3(x))  # [N, l3_chan, 6, 6]
+        # A mean, since adaptive pooling has no deterministic backward on CUDA.
+        x = x.mean(dim=(2, 3))  # [N, l3_chan]
+        return self.fc2(self.relu4(self.fc1(x)))
