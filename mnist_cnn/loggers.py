@@ -1,0 +1,194 @@
+"""TensorBoard in the run's folder, W&B with or without an account, and the same pictures and histograms to both."""
+
+import http.client
+import os
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+
+class RunFolderTensorBoard(TensorBoardLogger):
+    """Lightning's TensorBoardLogger, writing into the run's own folder.
+
+    Args:
+        max_queue: Events kept before they are written.
+        flush_secs: Seconds after which they are written.
+    """
+
+    run_dir: str | None = None  # set by the CLI when a fit begins
+
+    def __init__(self, max_queue: int = 10, flush_secs: int = 120) -> None:
+        super().__init__("", name="", version="", default_hp_metric=False, max_queue=max_queue, flush_secs=flush_secs)
+
+    @property
+    def log_dir(self) -> str:
+        """The run's folder; empty before a fit."""
+        return self.run_dir or ""
+
+    def finalize(self, status: str) -> None:
+        """Flushes. The file stays open, since validation and test follow fit: one run, one file."""
+        if self._experiment is not None:
+            self._experiment.flush()
+
+    def save(self) -> None:
+        """Flushes. There is no hparams.yaml, since config.yaml says it all."""
+        self.experiment.flush()
+
+
+def log_histograms(trainer: Trainer, values: dict[str, Tensor], bins: int) -> None:
+    """Logs a histogram of each tensor's finite values to each TensorBoardLogger and WandbLogger."""
+    histograms = {}
+    for tag, value in values.items():
+        # On the CPU, since histogram functions on CUDA aren't deterministic.
+        array = value.detach().flatten().float().cpu().numpy()
+        array = array[np.isfinite(array)]
+        if array.size:
+            histograms[tag] = (array, *np.histogram(array, bins))
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            for tag, (array, counts, edges) in histograms.items():
+                logger.experiment.add_histogram_raw(
+                    tag,
+                    min=float(array.min()),
+                    max=float(array.max()),
+                    num=array.size,
+                    sum=float(array.sum(dtype=np.float64)),
+                    sum_squares=float(np.square(array, dtype=np.float64).sum()),
+                    bucket_limits=edges[1:].tolist(),
+                    bucket_counts=counts.tolist(),
+                    global_step=trainer.global_step,
+                )
+        elif isinstance(logger, WandbLogger):
+            import wandb
+
+            pictures: Any = {tag: wandb.Histogram(np_histogram=(c, e)) for tag, (_, c, e) in histograms.items()}
+            logger.log_metrics(pictures, trainer.global_step)
+
+
+def log_figure(trainer: Trainer, tag: str, figure: Figure) -> None:
+    """Logs a Matplotlib figure as a picture to each TensorBoardLogger and WandbLogger."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = np.asarray(canvas.buffer_rgba())[..., :3]  # [H, W, 3]
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(tag, picture, trainer.global_step, dataformats="HWC")
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(tag, [picture], trainer.global_step)
+
+
+def hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of seed, model and data by short names, as TensorBoard's HParams tab wants them.
+
+    Args:
+        config: A run's whole config.
+
+    Returns:
+        Flat: `{"model.net": "CNN", "model.net.l1_chan": 4, ...}`. What is null is left out.
+    """
+    flat: dict[str, Any] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            if "class_path" in value:
+                flat[name] = value["class_path"].rpartition(".")[2]
+                value = value.get("init_args", {})
+            for key, item in value.items():
+                add(f"{name}.{key}", item)
+        elif value is not None:
+            flat[name] = value if isinstance(value, bool | int | float | str) else str(value)
+
+    for name in ("seed_everything", "model", "data"):
+        add(name, config.get(name))
+    return flat
+
+
+def start_wandb(logger: WandbLogger) -> Any:
+    """Starts a W&B run: online where that works, otherwise offline. Never asks, never fails, never waits long.
+
+    Args:
+        logger: A logger whose run has not begun.
+
+    Returns:
+        The W&B run.
+
+    Raises:
+        MisconfigurationException: If WANDB_MODE is none of W&B's modes.
+    """
+    import wandb
+
+    def set_mode(mode: Any) -> None:
+        # finish_timeout: what isn't uploaded by then stays on disk, for wandb sync.
+        wandb.setup(wandb.Settings(mode=mode, silent=True, init_timeout=5, finish_timeout=10))
+        logger._wandb_init["mode"] = mode
+
+    # Absolute, since W&B's server process may have been started in another folder; there, since W&B would go elsewhere.
+    logger._wandb_init["dir"] = os.path.abspath(logger.save_dir or ".")
+    os.makedirs(logger._wandb_init["dir"], exist_ok=True)
+    in_yaml = "offline" if logger._offline else logger._wandb_init.get("mode")
+    logger._offline = False  # Lightning would set WANDB_MODE for the whole process
+    wanted = os.environ.get("WANDB_MODE") or in_yaml
+    try:
+        set_mode(wanted or "online")
+    except ValueError:
+        raise MisconfigurationException(f"WANDB_MODE={wanted} is none of W&B's modes") from None
+    try:
+        if wanted in (None, "online", "run"):
+            url = wandb.setup().settings.base_url
+            if not wandb.login(prompt=False, verify=False):
+                if wanted:  # otherwise it is the usual case: no account
+                    print("W&B: there is no API key, so the run is offline", file=sys.stderr)
+                set_mode("offline")
+            elif not answers(url):
+                print(f"W&B: {url} can't be reached, so the run is offline", file=sys.stderr)
+                set_mode("offline")
+        run = logger.experiment
+    except wandb.Error as error:
+        print(f"W&B: {error}", file=sys.stderr)
+        set_mode("offline")
+        run = logger.experiment
+    if run.url:
+        print(f"W&B: {run.url}")
+    return run
+
+
+def finish_wandb(run: Any, status: int, keep: bool) -> None:
+    """Ends a W&B run.
+
+    Args:
+        run: The run. If it is offline, how to sync it is said.
+        status: Its exit status.
+        keep: Whether an offline run's folder stays.
+    """
+    offline, folder = run.offline, Path(run.settings.sync_dir)
+    run.finish(exit_code=status)
+    if offline and not keep:
+        shutil.rmtree(folder)
+        if not any(folder.parent.glob("*run-*/")):
+            shutil.rmtree(folder.parent)  # W&B's own debug logs
+    elif offline:
+        if folder.is_relative_to(Path.cwd()):
+            folder = folder.relative_to(Path.cwd())
+        print(f"W&B: look at the run with `wandb leet {folder}`, upload it with `wandb sync {folder}`")
+
+
+def answers(url: str) -> bool:
+    """Whether an HTTP server answers there within 3 seconds, with any status."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3)
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, http.client.HTTPException, ValueError):
+        return False
+    return True
