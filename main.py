@@ -1,0 +1,22 @@
+"""The command line: `python main.py {fit,validate,test,predict} --config configs/base.yaml [--key=value ...]`."""
+
+from lightning.pytorch.cli import ArgsType
+
+import mnist_cnn  # noqa: F401  its classes are known by their short names in YAML
+from mnist_cnn.cli import ExperimentCLI
+
+
+def main(args: ArgsType = None) -> ExperimentCLI:
+    """Parses, builds and runs what the YAML says.
+
+    Args:
+        args: The command line, as a list; None: that of the process.
+
+    Returns:
+        The CLI object, with config, model, datamodule and trainer.
+    """
+    return ExperimentCLI(args)
+
+
+if __name__ == "__main__":
+    main()

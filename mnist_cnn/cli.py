@@ -1,0 +1,450 @@
+"""ExperimentCLI: what a whole experiment needs beyond LightningCLI.
+
+- Callbacks and loggers that have a name each, so that YAML or the command line changes one setting of one of them
+  (`--early_stopping.patience=5`) or switches it off (`--histograms=null`).
+- One folder for each run, whatever the loggers, with config.yaml, checkpoints and metrics.json.
+- The best checkpoint validated and tested after fit.
+- A user's mistake found before anything is written, and told in one line.
+"""
+
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import yaml
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from mnist_cnn.callbacks import Histograms, ModelGraph, PredictionWriter, TestPictures
+from mnist_cnn.errors import Parser, fail
+from mnist_cnn.files import write_atomically
+from mnist_cnn.loggers import RunFolderTensorBoard, finish_wandb, hyperparameters, start_wandb
+
+# What libraries say to each other or in praise of themselves; a user can do nothing about it.
+WARNINGS = [
+    r"`torch.jit.\w+` is deprecated",  # TensorBoard's graph is traced that way by torch itself
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # within Lightning
+    r"The '\w+' does not have many workers",  # the images are in memory
+    r"torch.distributed.nn.functional.all_gather is deprecated",  # within Lightning
+]
+MESSAGES = re.compile(
+    "Seed set to|GPU available: False|TPU available|💡 Tip|Restoring states from|Loaded model weights from"
+    "|was configured so"
+)
+
+
+CALLBACKS: dict[str, type[Callback]] = {
+    "checkpoint": ModelCheckpoint,
+    "early_stopping": EarlyStopping,
+    "lr_monitor": LearningRateMonitor,
+    "graph": ModelGraph,
+    "histograms": Histograms,
+    "test_pictures": TestPictures,
+    "predictions": PredictionWriter,
+    "progress_bar": ProgressBar,
+}
+LOGGERS = {"tensorboard": RunFolderTensorBoard, "wandb": WandbLogger}
+
+
+USERS_MISTAKES = (ValueError, RuntimeError, ImportError, TypeError, MisconfigurationException)
+DEFAULT_NUM_THREADS = torch.get_num_threads()
+
+
+def _is_of_interest(record: logging.LogRecord) -> bool:
+    return not MESSAGES.search(record.getMessage())
+
+
+class RunFolder(Callback):
+    """Writes the run's config.yaml and gives W&B the same config; brings a resumed run's checkpoints along.
+
+    Args:
+        cli: The CLI that the run belongs to.
+    """
+
+    def __init__(self, cli: "ExperimentCLI") -> None:
+        self.cli = cli
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Saves the config, once."""
+        if self.cli.run_dir is None or stage != "fit":
+            return
+        with write_atomically(self.cli.run_dir / "config.yaml") as file:
+            file.write(self.cli.config_yaml)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_hyperparams(yaml.safe_load(self.cli.config_yaml))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """From here on there is something to lose."""
+        self.cli.trained = True
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Copies what the interrupted run kept, so that the best so far stays the best until it is beaten.
+
+        Lightning forgets the scores of checkpoints that lie in another folder.
+        """
+        if not trainer.training:
+            checkpoint["callbacks"] = {}  # an evaluation wants the weights alone
+            return
+        for early_stopping in trainer.early_stopping_callbacks:  # Lightning would let the checkpoint's patience win
+            checkpoint["callbacks"].get(early_stopping.state_key, {})["patience"] = early_stopping.patience
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint["callbacks"].get(callback.state_key)
+            old, new = Path(str(trainer.ckpt_path)).parent, Path(str(getattr(callback, "dirpath", "")))
+            if not isinstance(callback, ModelCheckpoint) or not state or old.resolve() == new.resolve():
+                continue
+            kept = {*state["best_k_models"], state["best_model_path"], state["last_model_path"]}
+            moved = {path: str(new / Path(path).name) for path in kept if (old / Path(path).name).is_file()}
+            if trainer.is_global_zero:
+                new.mkdir(parents=True, exist_ok=True)
+                for path in moved.values():
+                    shutil.copy2(old / Path(path).name, path)
+            state["best_k_models"] = {moved[p]: score for p, score in state["best_k_models"].items() if p in moved}
+            for name in ("best_model_path", "last_model_path", "kth_best_model_path"):
+                state[name] = moved.get(state[name], "")
+            state["dirpath"] = callback.dirpath
+
+
+class ExperimentCLI(LightningCLI):
+    """LightningCLI with named callbacks and loggers, one folder a run, and the best checkpoint evaluated after fit.
+
+    Model and data are in subclass mode, and LightningCLI's own optimizer arguments are off, since optimizer and
+    schedule belong to the model's signature.
+
+    Args:
+        args: The command line; None: that of the process.
+    """
+
+    run_dir: Path | None = None  # the run's folder, in the main process of a fit
+    made_folders: list[Path]  # the run's folder and those above it, as far as this process made them
+    trained = False  # whether a step of training has been made since
+
+    def __init__(self, args: ArgsType = None) -> None:
+        for message in WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed"):
+            logging.getLogger(f"lightning.{name}").addFilter(_is_of_interest)
+        status = 1
+        self.wandb_runs: list[Any] = []
+        self.made_folders = []
+        try:
+            super().__init__(
+                LightningModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                save_config_callback=None,  # RunFolder does it, for any set of loggers
+                parser_class=Parser,
+                args=args,
+            )
+            status = 0
+        except (MisconfigurationException, FloatingPointError) as error:
+            fail(str(error))
+        except RuntimeError as error:
+            if "conditioned on metric" not in str(
+                error
+            ):  # EarlyStopping's monitor is misspelt, or nothing is validated
+                raise
+            fail(str(error).partition(". Either")[0])
+        finally:
+            for logger in self.trainer.loggers if hasattr(self, "trainer") else []:
+                if isinstance(logger, RunFolderTensorBoard) and logger.run_dir:
+                    logger.experiment.close()
+            for run in self.wandb_runs:
+                finish_wandb(run, status, keep=self.trained or status == 0)
+            if self.run_dir and status and not self.trained:
+                for folder in self.made_folders:
+                    shutil.rmtree(folder) if folder == self.run_dir else remove_if_empty(folder)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what a run has beside trainer, model and data."""
+        for name, kind in (CALLBACKS | LOGGERS).items():
+            others = "trainer.logger" if name in LOGGERS else "trainer.callbacks"
+            help = f"{kind.__name__} or a subclass of it, beside those of {others}; null switches it off."
+            parser.add_argument(f"--{name}", type=Optional[kind], default=None, help=help)  # noqa: UP045
+        parser.add_argument(
+            "--evaluate_best",
+            type=bool,
+            default=True,
+            help="Whether fit ends with validating and testing the best checkpoint and writing metrics.json.",
+        )
+        parser.add_argument(
+            "--num_threads",
+            type=PositiveInt | None,
+            default=None,
+            help="Threads of the CPU's operations. Their number changes the last digits of a sum, so it is saved in"
+            " config.yaml. Default: torch's, one for each core.",
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """LightningCLI would let the checkpoint's settings win over the YAML's; here the YAML is the experiment."""
+
+    def _set_seed(self) -> None:
+        """Sets the seed; an earlier run's in the same process doesn't live on.
+
+        Raises:
+            MisconfigurationException: If it is out of range.
+        """
+        os.environ.pop("PL_GLOBAL_SEED", None)
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise MisconfigurationException(f"seed_everything: {error}") from error
+
+    def before_instantiate_classes(self) -> None:
+        """Turns `best` and `last` into a path, and keeps the config for the run's folder."""
+        config = self.config[self.subcommand]
+        if config.ckpt_path in ("best", "last") or (config.ckpt_path is None and self.subcommand != "fit"):
+            # The run whose config.yaml was given, or else the newest.
+            given = [Path(file.absolute).parent for file in config.config or []]
+            root = Path(config.trainer.default_root_dir or ".")
+            runs = [run for run in [*versions(root).values(), *given] if (run / "checkpoints").is_dir()]
+            if not runs:
+                raise MisconfigurationException(f"there is no run in {root}: fit first, or give --ckpt_path=FILE")
+            config.ckpt_path = find_checkpoint(runs[-1], config.ckpt_path or "best")
+        config.num_threads = config.num_threads or DEFAULT_NUM_THREADS
+        torch.set_num_threads(config.num_threads)
+        # Without ckpt_path: a resumed run ends like one that was never stopped, and needs no other run's file for it.
+        saved = config.clone()
+        saved.ckpt_path = None
+        self.config_yaml = self._parser(self.subcommand).dump(saved, skip_unset=False, format="yaml")
+        if config.ckpt_path is not None:
+            self.config_yaml = f"# resumed from {config.ckpt_path}\n{self.config_yaml}"
+
+    def instantiate_classes(self) -> None:
+        """Instantiates all that the config names.
+
+        Raises:
+            MisconfigurationException: If a class refuses its settings.
+        """
+        try:
+            super().instantiate_classes()
+        except USERS_MISTAKES as error:
+            reason: BaseException = error  # jsonargparse wraps what a constructor raises, whatever it is
+            while reason.__cause__ or reason.__context__:
+                reason = reason.__cause__ or reason.__context__  # type: ignore[assignment]
+            if isinstance(reason, USERS_MISTAKES) and not os.environ.get("JSONARGPARSE_DEBUG"):
+                raise MisconfigurationException(str(reason)) from error
+            raise  # no setting, but a fault in the class: its author wants the traceback
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds the named callbacks and loggers to the trainer's own."""
+        config = self.config_init[self.subcommand]
+        trainer = config.trainer
+        if trainer.logger in (None, True):
+            named = [config[name] for name in LOGGERS if config[name] and not trainer.barebones]
+            # An evaluation prints its numbers; it is no run.
+            kwargs["logger"] = (named if self.subcommand == "fit" else []) or (None if trainer.barebones else False)
+        off = set(CALLBACKS) if trainer.barebones else {name for name in CALLBACKS if not config[name]}
+        if self.subcommand != "fit":
+            warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
+            off |= CALLBACKS.keys() - {"test_pictures", "predictions", "progress_bar"}
+        if trainer.enable_checkpointing is False or trainer.fast_dev_run:  # the latter would save last.ckpt
+            off.add("checkpoint")
+        given = trainer.callbacks or []
+        given = given if isinstance(given, list) else [given]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in given)
+        if trainer.enable_progress_bar is False or has_bar:  # there can be only one
+            off.add("progress_bar")
+        if not kwargs.get("logger", trainer.logger):
+            off.add("lr_monitor")
+        # Where one is off, Lightning would put its own in its place.
+        if "checkpoint" in off and not any(isinstance(callback, Checkpoint) for callback in given):
+            kwargs["enable_checkpointing"] = False
+        if "progress_bar" in off and not has_bar:
+            kwargs["enable_progress_bar"] = False
+        named = [config[name] for name in CALLBACKS if name not in off]
+        return super().instantiate_trainer(callbacks=[*given, *named, RunFolder(self)], **kwargs)
+
+    def before_fit(self) -> None:
+        """Makes the run's folder and tells the callbacks and loggers; starts the loggers."""
+        self._start = time.monotonic()
+        trainer = self.trainer
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return self.before_validate()
+        folders = [logger.log_dir for logger in trainer.loggers if logger.log_dir]
+        if folders and Path(folders[0], "config.yaml").exists():
+            raise MisconfigurationException(f"{folders[0]} holds a run already: give the logger another version")
+        self._check_checkpoint()
+        if folders:
+            self.run_dir = Path(folders[0])
+        else:
+            root = Path(trainer.default_root_dir)
+            new = [folder for folder in (root, *root.parents) if not folder.exists()]
+            try:
+                self.run_dir = new_version(root)
+            except OSError as error:
+                raise MisconfigurationException(f"{root} can't be written: {error.strerror}") from error
+            self.made_folders = [self.run_dir, *new]
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.run_dir.absolute() / "checkpoints")
+        for logger in trainer.loggers:
+            if isinstance(logger, RunFolderTensorBoard):
+                logger.run_dir = str(self.run_dir)
+        self._start_wandb()
+
+    def before_validate(self) -> None:
+        """Sees to it that the checkpoint fits the model, and starts W&B if trainer.logger names it."""
+        self._check_checkpoint()
+        self._start_wandb()
+
+    def _check_checkpoint(self) -> None:
+        config = self.config[self.subcommand]
+        # Not what Lightning fetches from elsewhere: its keywords and URLs.
+        if config.ckpt_path is not None and not re.match(r"hpc$|registry|\w+://", str(config.ckpt_path)):
+            settings = yaml.safe_load(self.config_yaml)["model"] if self.subcommand == "fit" else None
+            check_checkpoint(config.ckpt_path, self.model, config.weights_only is not False, settings)
+
+    def _start_wandb(self) -> None:
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger) and self.trainer.is_global_zero:
+                self.wandb_runs.append(start_wandb(logger))
+
+    before_test = before_predict = before_validate
+
+    def after_fit(self) -> None:
+        """Validates and tests the best checkpoint, writes metrics.json and prints a table."""
+        trainer = self.trainer
+        if trainer.fast_dev_run or not self.config_init.fit.evaluate_best:  # type: ignore[attr-defined]
+            return
+        seconds, epochs = time.monotonic() - self._start, trainer.current_epoch
+        best = next(filter(None, (getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks)), None)
+        metrics: dict[str, Any] = {}
+        for evaluate, step in ((trainer.validate, "validation_step"), (trainer.test, "test_step")):
+            if is_overridden(step, self.model):
+                config = self.config_init.fit
+                for result in evaluate(self.model, None, best, False, self.datamodule, config.weights_only):
+                    metrics |= result
+        if self.run_dir is None:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(hyperparameters(yaml.safe_load(self.config_yaml)), metrics, trainer.global_step)
+        print(table(metrics))
+        metrics |= {
+            "epochs": epochs,
+            "seconds": seconds,
+            "best_checkpoint": best and os.path.relpath(best, self.run_dir),
+        }
+        with write_atomically(self.run_dir / "metrics.json") as file:
+            json.dump(metrics, file, indent=2)
+        print(f"{epochs} epochs in {seconds:.0f} s. The run, with its config.yaml and metrics.json: {self.run_dir}")
+
+
+def versions(root: Path) -> dict[int, Path]:
+    """The run folders version_N of a folder by their N, ascending."""
+    found = {int(f.name[8:]): f for f in root.glob("version_*") if f.name[8:].isdigit() and f.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def new_version(root: Path) -> Path:
+    """Makes the next free version_N. Two processes never get the same one."""
+    root.mkdir(parents=True, exist_ok=True)
+    while True:
+        folder = root / f"version_{max(versions(root), default=-1) + 1}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Removes a folder in which there is nothing."""
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def find_checkpoint(run: Path, which: str) -> str:
+    """The best or the last checkpoint of a run's folder.
+
+    Raises:
+        MisconfigurationException: If there is none.
+    """
+    path = run / "checkpoints" / "last.ckpt"
+    if which == "best":
+        try:
+            path = run / json.loads((run / "metrics.json").read_text())["best_checkpoint"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise MisconfigurationException(
+                f"{run} has no metrics.json that names a best checkpoint (its fit didn't end): give --ckpt_path=last"
+                " or a file"
+            ) from None
+    return str(path)
+
+
+def check_checkpoint(
+    path: str, model: LightningModule, weights_only: bool, settings: dict[str, Any] | None = None
+) -> None:
+    """Sees to it that a checkpoint can be read and has the model's weights, name by name and shape by shape.
+
+    Args:
+        path: The checkpoint.
+        model: The model that is to be given its weights.
+        weights_only: As in torch.load.
+        settings: The model's part of the config, if training is to go on: then they must be the checkpoint's own,
+            since Lightning restores optimizer and schedule as they were.
+
+    Raises:
+        MisconfigurationException: If it isn't so.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+        shapes = [
+            {name: tuple(value.shape) for name, value in state.items()}
+            for state in (checkpoint["state_dict"], model.state_dict())
+        ]
+    except FileNotFoundError:
+        raise MisconfigurationException(f"there is no checkpoint {path}") from None
+    except pickle.UnpicklingError:
+        raise MisconfigurationException(
+            f"checkpoint {path} is damaged, or holds more than tensors and plain settings"
+        ) from None
+    except (RuntimeError, OSError, EOFError) as error:
+        raise MisconfigurationException(f"checkpoint {path} can't be read, it may be cut off: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise MisconfigurationException(f"{path} is no checkpoint of Lightning's") from None
+    for name in {**shapes[0], **shapes[1]}:
+        theirs, ours = (shape.get(name, "missing") for shape in shapes)
+        if theirs != ours:
+            raise MisconfigurationException(
+                f"checkpoint {path} is of another net: {name} is {theirs} in it and {ours} in the model; its own"
+                " config.yaml has the settings that fit"
+            )
+    if settings is None:
+        return
+    if not checkpoint.get("optimizer_states"):
+        raise MisconfigurationException(f"checkpoint {path} holds weights only: training can't go on from it")
+    made_with = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if key[0] != "_"}
+    old, new = (hyperparameters({"model": value}) for value in (made_with, settings.get("init_args", {})))
+    for name in {**old, **new} if made_with else {}:
+        if old.get(name) != new.get(name):
+            raise MisconfigurationException(
+                f"checkpoint {path} was made with {name}={old.get(name)}, not {new.get(name)}: a resumed run keeps the"
+                " model's settings"
+            )
+
+
+def table(metrics: dict[str, float]) -> str:
+    """A line for each stage, a column for each of its metrics."""
+    stages = dict.fromkeys(name.partition("/")[0] for name in metrics)
+    names = dict.fromkeys(name.partition("/")[2] for name in metrics)
+    rows = [["", *names]]
+    for stage in stages:
+        rows.append([stage, *(f"{metrics.get(f'{stage}/{name}', float('nan')):.4f}" for name in names)])
+    return "\n".join(f"{row[0]:6}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows)

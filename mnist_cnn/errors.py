@@ -1,0 +1,124 @@
+"""A user's mistake, told in one line of the user's words; the parser that tells it."""
+
+import difflib
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class Parser(LightningArgumentParser):
+    """LightningArgumentParser whose errors are one line that names the nearest right key."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # --trainer.max_epoch is a mistake, not max_epochs
+
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:
+        """Remembers the arguments, so that an error can name the file that it lies in."""
+        self._given = sys.argv[1:] if args is None else list(args)
+        try:
+            return super().parse_args(args, *more, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"Problems parsing config: {error}")
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints what was wrong to standard error, in one line, and exits with status 2."""
+        if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):  # the latter is jsonargparse's own switch
+            super().error(message, ex)
+        fail(explain(message, getattr(ex, "subcommand_parser", None) or self, getattr(self, "_given", [])), status=2)
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Prints one line to standard error and exits."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(status)
+
+
+def explain(message: str, parser: LightningArgumentParser, given: list[str]) -> str:
+    """Says in the user's words what jsonargparse says in a paragraph.
+
+    Args:
+        message: jsonargparse's message.
+        parser: The parser whose keys are the right ones.
+        given: The command line.
+
+    Returns:
+        The key, the value and, for a misspelt name, the nearest right one.
+    """
+    if message.startswith(("Unexpected config", "Problems parsing config")):
+        for path in filter(os.path.isfile, (value.removeprefix("--config=") for value in given)):
+            try:
+                content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                return f"config file {path} is not valid YAML: {error}"
+            if not isinstance(content, dict):
+                return f"config file {path} {'is empty' if content is None else 'holds no settings (key: value)'}"
+    if "File does not exist" in message:
+        return f"there is no config file {message.rpartition(': ')[2]}"
+    key = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
+    unknown = re.search(
+        r"Option '([\w.]+)' is not accepted|unrecognized arguments: --([\w.]+)|option '([\w.]+)'", message
+    )
+    if unknown:
+        name = next(filter(None, unknown.groups()))
+        classes = re.findall(r"class_path[= ]'([\w.]+)'", message)
+        if key and classes:
+            module, _, class_name = classes[-1].rpartition(".")
+            parameters = inspect.signature(getattr(importlib.import_module(module), class_name)).parameters
+            return f"unknown key {key}.{name}{_nearest(name.split('.')[0], parameters)}"
+        known = [action.dest for action in parser._actions]
+        return f"unknown key {name}{_nearest(name, known) or _nearest(name.split('.')[0], known)}"
+    value = re.findall(r"(?:Got|Given) value: (?!NestedArg|Namespace)(.*)", message)
+    given_value = value[0].partition(". Got value")[0] if value else ""
+    types = re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing.(Literal\[.*?\]))", message)
+    types = [name for pair in types for name in pair if name and name != "NoneType"]
+    missing = re.search(
+        r"dot import path string: (\S+)|given class_path '(\S+)':\s*(?:No module|.* has no attr)", message
+    )
+    if missing and given_value.lower() == "false":
+        return f"{key}: false is no value; null switches it off"
+    if missing and not {"int", "float", "str"} & set(types):
+        path = missing[1] or missing[2]
+        name = path.rpartition(".")[2]
+        if path in _classes():
+            return f"{key}: {path} is a class of another kind"
+        return f"{key}: there is no class {path}{_nearest(name, _classes(own=True)) or _nearest(name, _classes())}"
+    if types and value:
+        return f"{key}: expected {' or '.join(dict.fromkeys(types))}, got {given_value!r}"
+    empty = (
+        "Parser key",
+        "Does not validate",
+        "Subtypes",
+        "Errors",
+        "Expected a <class 'NoneType'>",
+        "Problem with given",
+    )
+    reasons = [line.strip(" -") for line in message.splitlines()]
+    reasons = [line for line in reasons if line and not line.startswith(empty)]
+    return f"{key}: {reasons[0]}" if key and reasons else message
+
+
+def _classes(own: bool = False) -> list[str]:
+    """Names of all classes that a config may name; own: without those of the libraries."""
+    classes: list[type] = [nn.Module, LightningDataModule, Callback, Logger, Optimizer, LRScheduler]
+    for base in classes:  # grows while it is walked
+        subclasses: list[type] = base.__subclasses__()
+        classes += [kind for kind in subclasses if kind not in classes]
+    return [c.__name__ for c in classes if not (own and c.__module__.startswith(("torch", "lightning", "pytorch")))]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {match[0]}?)" if match else ""
