@@ -1,0 +1,86 @@
+"""What the tests share: the command line in this process, on real MNIST limited to a few batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).parents[1]
+sys.path.insert(0, str(REPO))
+sys.argv = ["main.py"]  # LightningCLI warns where both sys.argv and args are given
+
+from main import main  # noqa: E402
+
+BASE = ["--config", str(REPO / "configs/base.yaml"), f"--data.data_dir={REPO / 'data'}"]
+SHORT = [
+    "--trainer.max_epochs=2",
+    "--trainer.limit_train_batches=20",
+    "--trainer.limit_val_batches=1",
+    "--trainer.limit_test_batches=2",
+    "--trainer.log_every_n_steps=5",
+    "--histograms.every_n_steps=10",
+    "--data.eval_batch_size=500",
+]
+FIT = ["fit", *BASE, *SHORT]
+QUIET = ["--tensorboard=null", "--wandb=null"]  # no loggers
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch, tmp_path_factory):
+    """No W&B account and no setting of the machine's plays a part."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    home = tmp_path_factory.getbasetemp() / "home"
+    home.mkdir(exist_ok=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def metrics_of(run: Path) -> dict:
+    """metrics.json less what no two runs share."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    del metrics["seconds"]
+    return metrics
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    """The weights at the end of fit."""
+    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    ours, theirs = weights_of(run), weights_of(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def in_new_process(*args: str) -> subprocess.CompletedProcess:
+    """`python main.py ARGS` in the working directory."""
+    command = [sys.executable, str(REPO / "main.py"), *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def error_of(capfd, *args: str) -> str:
+    """The one line on standard error with which a bad command line ends."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(list(args))
+    assert ended.value.code not in (0, None)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]

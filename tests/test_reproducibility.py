@@ -1,0 +1,153 @@
+"""The same YAML gives the same numbers, to the last digit, in fresh processes and after an interruption."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import FIT, QUIET, REPO, assert_same_weights, error_of, in_new_process, main, metrics_of, weights_of
+
+FOUR = [*FIT, *QUIET, "--trainer.max_epochs=4", "--early_stopping.patience=10"]
+
+
+NET_WITH_DROPOUT = """
+from torch import nn
+
+class Dropping(nn.Sequential):
+    def __init__(self, p: float = 0.5):
+        super().__init__(nn.Flatten(), nn.Dropout(p), nn.Linear(784, 10))
+"""
+
+
+def test_config_printed_config_and_saved_config_give_the_same_run(folder):
+    in_new_process(*FIT)
+    runs = folder / "logs/mnist"
+    printed = in_new_process(*FIT, "--print_config").stdout
+    (folder / "printed.yaml").write_text(printed)
+    in_new_process(*FIT)
+    in_new_process("fit", "--config", "printed.yaml")
+    in_new_process("fit", "--config", str(runs / "version_0/config.yaml"))
+    for other in ("version_1", "version_2", "version_3"):
+        assert metrics_of(runs / other) == metrics_of(runs / "version_0")
+        assert_same_weights(runs / other, runs / "version_0")
+        config = yaml.safe_load((runs / other / "config.yaml").read_text())
+        assert config == yaml.safe_load((runs / "version_0/config.yaml").read_text())
+
+
+def test_another_seed_gives_another_run(folder):
+    main([*FIT, *QUIET])
+    main([*FIT, *QUIET, "--seed_everything=1"])
+    ours, theirs = (weights_of(folder / f"logs/mnist/version_{n}") for n in (0, 1))
+    assert not torch.equal(ours["net.conv1.weight"], theirs["net.conv1.weight"])
+
+
+@pytest.mark.parametrize("net", ["CNN", "dropping.Dropping"])
+def test_loggers_and_callbacks_do_not_change_the_numbers(folder, monkeypatch, net):
+    (folder / "dropping.py").write_text(NET_WITH_DROPOUT)
+    monkeypatch.syspath_prepend(folder)
+    main([*FIT, f"--model.net={net}"])
+    main(
+        [
+            *FIT,
+            *QUIET,
+            f"--model.net={net}",
+            "--histograms=null",
+            "--graph=null",
+            "--lr_monitor=null",
+            "--test_pictures=null",
+        ]
+    )
+    ours, theirs = (folder / f"logs/mnist/version_{n}" for n in (0, 1))
+    assert metrics_of(ours) == metrics_of(theirs)
+    assert_same_weights(ours, theirs)
+
+
+@pytest.mark.parametrize("net", ["CNN", "dropping.Dropping"])
+@pytest.mark.parametrize("where", ["same folder", "another folder"])
+def test_resumed_run_ends_like_the_uninterrupted_one(folder, monkeypatch, net, where):
+    """The best epoch lies before the interruption, since the learning rate makes the loss grow after it."""
+    (folder / "dropping.py").write_text(NET_WITH_DROPOUT)
+    monkeypatch.syspath_prepend(folder)
+    settings = [*FOUR, f"--model.net={net}"]
+    if where == "another folder":
+        settings += ["--model.optimizer.lr=0.5"]
+    main(settings)
+    runs = folder / "logs/mnist"
+    main([*settings, "--trainer.max_epochs=2"])
+    if where == "another folder":
+        (runs / "version_1").rename(folder / "moved")
+        checkpoint = "moved/checkpoints/last.ckpt"
+        resumed = runs / "version_1"
+    else:
+        checkpoint = "logs/mnist/version_1/checkpoints/last.ckpt"
+        resumed = runs / "version_2"
+    cli = main([*settings, f"--ckpt_path={checkpoint}"])
+    assert cli.trainer.current_epoch == 4
+    assert metrics_of(resumed) == metrics_of(runs / "version_0")
+    assert_same_weights(resumed, runs / "version_0")
+    best = metrics_of(resumed)["best_checkpoint"]
+    assert (resumed / best).is_file()
+
+
+def test_last_and_best_are_those_of_the_newest_run(folder):
+    main([*FOUR, "--trainer.max_epochs=2"])
+    main([*FOUR, "--ckpt_path=last"])
+    main(FOUR)
+    runs = folder / "logs/mnist"
+    assert_same_weights(runs / "version_1", runs / "version_2")
+    # A resumed run's config stands alone, like any other.
+    text = (runs / "version_1/config.yaml").read_text()
+    assert text.startswith("# resumed from logs/mnist/version_0/checkpoints/last.ckpt")
+    (runs / "version_0").rename(folder / "elsewhere")
+    main(["fit", f"--config={runs / 'version_1/config.yaml'}"])
+    assert metrics_of(runs / "version_3") == metrics_of(runs / "version_1")
+    best = main(["test", f"--config={runs / 'version_1/config.yaml'}"]).trainer.callback_metrics
+    assert best["test/acc"].item() == metrics_of(runs / "version_1")["test/acc"]
+
+
+@pytest.mark.parametrize(
+    "setting", ["model.optimizer.lr=0.01", "model.optimizer=Adam", "model.lr_scheduler=ConstantLR"]
+)
+def test_resumed_run_refuses_other_settings_of_the_model(folder, capfd, setting):
+    main([*FOUR, "--trainer.max_epochs=1"])
+    line = error_of(capfd, *FOUR, "--ckpt_path=last", f"--{setting}")
+    assert setting.partition("=")[0] in line and "was made with" in line
+    assert sorted(path.name for path in (folder / "logs/mnist").iterdir()) == ["version_0"]
+
+
+def test_resumed_run_takes_the_new_patience(folder):
+    main([*FOUR, "--trainer.max_epochs=1"])
+    cli = main([*FOUR, "--ckpt_path=last", "--early_stopping.patience=17"])
+    assert cli.trainer.early_stopping_callback.patience == 17
+
+
+def test_run_can_be_resumed_within_an_epoch(folder):
+    (folder / "steps.yaml").write_text(
+        "trainer: {callbacks: {class_path: ModelCheckpoint, init_args: {every_n_train_steps: 7, save_top_k: -1,"
+        " dirpath: steps}}}"
+    )
+    main([*FOUR, "--config=steps.yaml", "--trainer.max_epochs=1"])
+    cli = main([*FOUR, "--ckpt_path=steps/epoch=0-step=7.ckpt"])
+    assert cli.trainer.global_step == 80
+
+
+def test_ctrl_c_ends_with_an_error_and_can_be_resumed(folder):
+    import signal
+    import time
+
+    settings = [*FOUR, "--trainer.max_epochs=1000", "--trainer.limit_train_batches=5", "--early_stopping=null"]
+    process = subprocess.Popen([sys.executable, str(REPO / "main.py"), *settings], stderr=subprocess.PIPE, text=True)
+    last = folder / "logs/mnist/version_0/checkpoints/last.ckpt"
+    for _ in range(600):
+        if last.exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in errors
+    assert not (folder / "logs/mnist/version_0/metrics.json").exists()
+    done = torch.load(last, weights_only=True)["epoch"] + 1
+    cli = main([*settings, f"--trainer.max_epochs={done + 1}", f"--ckpt_path={last}"])
+    assert cli.trainer.current_epoch == done + 1
