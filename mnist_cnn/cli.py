@@ -155,11 +155,9 @@ class ExperimentCLI(LightningCLI):
         except (MisconfigurationException, FloatingPointError) as error:
             fail(str(error))
         except RuntimeError as error:
-            if "conditioned on metric" not in str(
-                error
-            ):  # EarlyStopping's monitor is misspelt, or nothing is validated
+            if "Early stopping conditioned on metric" not in str(error):
                 raise
-            fail(str(error).partition(". Either")[0])
+            fail(str(error))  # its monitor is misspelt, or nothing is validated
         finally:
             for logger in self.trainer.loggers if hasattr(self, "trainer") else []:
                 if isinstance(logger, RunFolderTensorBoard) and logger.run_dir:
