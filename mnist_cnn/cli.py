@@ -106,7 +106,7 @@ class RunFolder(Callback):
             old, new = Path(str(trainer.ckpt_path)).parent, Path(str(getattr(callback, "dirpath", "")))
             if not isinstance(callback, ModelCheckpoint) or not state or old.resolve() == new.resolve():
                 continue
-            kept = {*state["best_k_models"], state["best_model_path"], state["last_model_path"]}
+            kept = {*state["best_k_models"], state["best_model_path"]}  # last.ckpt will be written anew
             moved = {path: str(new / Path(path).name) for path in kept if (old / Path(path).name).is_file()}
             if trainer.is_global_zero:
                 new.mkdir(parents=True, exist_ok=True)
