@@ -15,6 +15,7 @@ import re
 import shutil
 import time
 import warnings
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
@@ -30,7 +31,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from mnist_cnn.callbacks import Histograms, ModelGraph, PredictionWriter, TestPictures
 from mnist_cnn.errors import Parser, fail
-from mnist_cnn.files import write_atomically
+from mnist_cnn.files import remove_if_empty, write_atomically
 from mnist_cnn.loggers import RunFolderTensorBoard, finish_wandb, hyperparameters, start_wandb
 
 # What libraries say to each other or in praise of themselves; a user can do nothing about it.
@@ -48,6 +49,7 @@ MESSAGES = re.compile(
 
 CALLBACKS: dict[str, type[Callback]] = {
     "checkpoint": ModelCheckpoint,
+    "last_checkpoint": ModelCheckpoint,
     "early_stopping": EarlyStopping,
     "lr_monitor": LearningRateMonitor,
     "graph": ModelGraph,
@@ -85,7 +87,7 @@ class RunFolder(Callback):
             file.write(self.cli.config_yaml)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_hyperparams(yaml.safe_load(self.cli.config_yaml))
+                logger.log_hyperparams(self.cli.settings)
 
     def on_train_batch_end(self, *args: Any) -> None:
         """From here on there is something to lose."""
@@ -106,7 +108,7 @@ class RunFolder(Callback):
             old, new = Path(str(trainer.ckpt_path)).parent, Path(str(getattr(callback, "dirpath", "")))
             if not isinstance(callback, ModelCheckpoint) or not state or old.resolve() == new.resolve():
                 continue
-            kept = {*state["best_k_models"], state["best_model_path"]}  # last.ckpt will be written anew
+            kept = {*state["best_k_models"], state["best_model_path"], state["last_model_path"]}
             moved = {path: str(new / Path(path).name) for path in kept if (old / Path(path).name).is_file()}
             if trainer.is_global_zero:
                 new.mkdir(parents=True, exist_ok=True)
@@ -223,6 +225,11 @@ class ExperimentCLI(LightningCLI):
         if config.ckpt_path is not None:
             self.config_yaml = f"# resumed from {config.ckpt_path}\n{self.config_yaml}"
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What config.yaml says, as plain values."""
+        return yaml.safe_load(self.config_yaml)
+
     def instantiate_classes(self) -> None:
         """Instantiates all that the config names.
 
@@ -251,22 +258,20 @@ class ExperimentCLI(LightningCLI):
         if self.subcommand != "fit":
             warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
             off |= CALLBACKS.keys() - {"test_pictures", "predictions", "progress_bar"}
-        if trainer.enable_checkpointing is False or trainer.fast_dev_run:  # the latter would save last.ckpt
-            off.add("checkpoint")
+        if trainer.enable_checkpointing is False or trainer.fast_dev_run:  # the latter would save all the same
+            off |= {"checkpoint", "last_checkpoint"}
         given = trainer.callbacks or []
         given = given if isinstance(given, list) else [given]
-        has_bar = any(isinstance(callback, ProgressBar) for callback in given)
-        if trainer.enable_progress_bar is False or has_bar:  # there can be only one
-            off.add("progress_bar")
+        if trainer.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in given):
+            off.add("progress_bar")  # there can be only one
         if not kwargs.get("logger", trainer.logger):
             off.add("lr_monitor")
-        # Where one is off, Lightning would put its own in its place.
-        if "checkpoint" in off and not any(isinstance(callback, Checkpoint) for callback in given):
-            kwargs["enable_checkpointing"] = False
-        if "progress_bar" in off and not has_bar:
-            kwargs["enable_progress_bar"] = False
-        named = [config[name] for name in CALLBACKS if name not in off]
-        return super().instantiate_trainer(callbacks=[*given, *named, RunFolder(self)], **kwargs)
+        callbacks = [*given, *(config[name] for name in CALLBACKS if name not in off), RunFolder(self)]
+        # Where there is none, Lightning would put its own.
+        for kind, switch in ((Checkpoint, "enable_checkpointing"), (ProgressBar, "enable_progress_bar")):
+            if not any(isinstance(callback, kind) for callback in callbacks):
+                kwargs[switch] = False
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def before_fit(self) -> None:
         """Makes the run's folder and tells the callbacks and loggers; starts the loggers."""
@@ -301,11 +306,13 @@ class ExperimentCLI(LightningCLI):
         self._check_checkpoint()
         self._start_wandb()
 
+    before_test = before_predict = before_validate
+
     def _check_checkpoint(self) -> None:
         config = self.config[self.subcommand]
         # Not what Lightning fetches from elsewhere: its keywords and URLs.
         if config.ckpt_path is not None and not re.match(r"hpc$|registry|\w+://", str(config.ckpt_path)):
-            settings = yaml.safe_load(self.config_yaml)["model"] if self.subcommand == "fit" else None
+            settings = self.settings["model"] if self.subcommand == "fit" else None
             check_checkpoint(config.ckpt_path, self.model, config.weights_only is not False, settings)
 
     def _start_wandb(self) -> None:
@@ -313,15 +320,15 @@ class ExperimentCLI(LightningCLI):
             if isinstance(logger, WandbLogger) and self.trainer.is_global_zero:
                 self.wandb_runs.append(start_wandb(logger))
 
-    before_test = before_predict = before_validate
-
     def after_fit(self) -> None:
         """Validates and tests the best checkpoint, writes metrics.json and prints a table."""
         trainer = self.trainer
         if trainer.fast_dev_run or not self.config_init.fit.evaluate_best:  # type: ignore[attr-defined]
             return
         seconds, epochs = time.monotonic() - self._start, trainer.current_epoch
-        best = next(filter(None, (getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks)), None)
+        # That of a callback with a monitor; without one, best means latest.
+        by_monitor = sorted(trainer.checkpoint_callbacks, key=lambda c: getattr(c, "monitor", None) is None)
+        best = next(filter(None, (getattr(callback, "best_model_path", "") for callback in by_monitor)), None)
         metrics: dict[str, Any] = {}
         for evaluate, step in ((trainer.validate, "validation_step"), (trainer.test, "test_step")):
             if is_overridden(step, self.model):
@@ -332,7 +339,7 @@ class ExperimentCLI(LightningCLI):
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(hyperparameters(yaml.safe_load(self.config_yaml)), metrics, trainer.global_step)
+                logger.log_hyperparams(hyperparameters(self.settings), metrics, trainer.global_step)
         print(table(metrics))
         metrics |= {
             "epochs": epochs,
@@ -360,12 +367,6 @@ def new_version(root: Path) -> Path:
             return folder
         except FileExistsError:
             continue
-
-
-def remove_if_empty(folder: Path) -> None:
-    """Removes a folder in which there is nothing."""
-    if not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def find_checkpoint(run: Path, which: str) -> str:

@@ -28,3 +28,9 @@ def write_atomically(path: str | os.PathLike) -> Iterator[IO[str]]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Removes a folder in which there is nothing."""
+    if not any(folder.iterdir()):
+        folder.rmdir()

@@ -17,6 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mnist_cnn.files import remove_if_empty
+
 
 class RunFolderTensorBoard(TensorBoardLogger):
     """Lightning's TensorBoardLogger, writing into the run's own folder.
@@ -175,8 +177,11 @@ def finish_wandb(run: Any, status: int, keep: bool) -> None:
     run.finish(exit_code=status)
     if offline and not keep:
         shutil.rmtree(folder)
-        if not any(folder.parent.glob("*run-*/")):
-            shutil.rmtree(folder.parent)  # W&B's own debug logs
+        if not any(folder.parent.glob("*run-*/")):  # then W&B's links to its debug logs lead nowhere
+            for link in folder.parent.iterdir():
+                if link.is_symlink() and not link.exists():
+                    link.unlink()
+            remove_if_empty(folder.parent)
     elif offline:
         if folder.is_relative_to(Path.cwd()):
             folder = folder.relative_to(Path.cwd())

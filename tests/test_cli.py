@@ -22,7 +22,8 @@ def callbacks_of(cli, kind):
 def test_one_setting_of_one_callback(folder):
     cli = main([*DEV, "--early_stopping.patience=5", "--checkpoint.save_top_k=1", "--histograms=null"])
     (early_stopping,) = callbacks_of(cli, EarlyStopping)
-    (checkpoint,) = callbacks_of(cli, ModelCheckpoint)
+    checkpoint, last = callbacks_of(cli, ModelCheckpoint)
+    assert last.monitor is None
     assert (early_stopping.patience, early_stopping.monitor) == (5, "val/loss")
     assert (checkpoint.save_top_k, checkpoint.monitor) == (1, "val/loss")
     assert callbacks_of(cli, Histograms) == []
@@ -50,7 +51,7 @@ def test_trainer_callbacks_are_added(folder):
     cli = main([*DEV, "--config", "list.yaml"])
     assert len(callbacks_of(cli, ModelSummary)) == 1
     assert [callback.monitor for callback in callbacks_of(cli, EarlyStopping)] == ["val/acc", "val/loss"]
-    assert len(callbacks_of(cli, ModelCheckpoint)) == 1
+    assert len(callbacks_of(cli, ModelCheckpoint)) == 2
 
 
 @pytest.mark.parametrize("bar", ["TQDMProgressBar", "RichProgressBar"])
@@ -61,7 +62,7 @@ def test_another_progress_bar(folder, bar):
 
 
 def test_null_switches_off_what_lightning_would_replace(folder):
-    cli = main([*FIT, *QUIET, "--checkpoint=null", "--progress_bar=null"])
+    cli = main([*FIT, *QUIET, "--checkpoint=null", "--last_checkpoint=null", "--progress_bar=null"])
     assert callbacks_of(cli, ModelCheckpoint) == callbacks_of(cli, ProgressBar) == []
     assert list(folder.rglob("*.ckpt")) == []
 

@@ -71,8 +71,7 @@ def test_resumed_run_ends_like_the_uninterrupted_one(folder, monkeypatch, net, w
     monkeypatch.syspath_prepend(folder)
     settings = [*FOUR, f"--model.net={net}"]
     if where == "another folder":
-        # All epochs are kept: Lightning writes last.ckpt only when it keeps an epoch, and here the last ones are worse.
-        settings += ["--model.optimizer.lr=0.5", "--checkpoint.save_top_k=-1"]
+        settings += ["--model.optimizer.lr=0.5"]  # the last epochs are worse, so that none of them is kept as best
     main(settings)
     runs = folder / "logs/mnist"
     main([*settings, "--trainer.max_epochs=2"])
@@ -105,6 +104,18 @@ def test_last_and_best_are_those_of_the_newest_run(folder):
     assert metrics_of(runs / "version_3") == metrics_of(runs / "version_1")
     best = main(["test", f"--config={runs / 'version_1/config.yaml'}"]).trainer.callback_metrics
     assert best["test/acc"].item() == metrics_of(runs / "version_1")["test/acc"]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_resumed_run_stops_early_where_the_uninterrupted_one_does(folder, stop):
+    settings = [*FOUR, "--trainer.max_epochs=20", "--early_stopping.patience=2", "--model.optimizer.lr=0.5"]
+    main(settings)
+    main([*settings, f"--trainer.max_epochs={stop}"])
+    main([*settings, "--ckpt_path=last"])
+    runs = folder / "logs/mnist"
+    assert metrics_of(runs / "version_1")["epochs"] == stop < metrics_of(runs / "version_0")["epochs"] < 20
+    assert metrics_of(runs / "version_2") == metrics_of(runs / "version_0")
+    assert_same_weights(runs / "version_2", runs / "version_0")
 
 
 @pytest.mark.parametrize(
