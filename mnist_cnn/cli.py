@@ -13,9 +13,9 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import time
 import warnings
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
@@ -131,6 +131,7 @@ class ExperimentCLI(LightningCLI):
     """
 
     run_dir: Path | None = None  # the run's folder, in the main process of a fit
+    settings: dict[str, Any]  # what config.yaml says
     made_folders: list[Path]  # the run's folder and those above it, as far as this process made them
     trained = False  # whether a step of training has been made since
 
@@ -139,6 +140,10 @@ class ExperimentCLI(LightningCLI):
             warnings.filterwarnings("ignore", message)
         for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed"):
             logging.getLogger(f"lightning.{name}").addFilter(_is_of_interest)
+        given = sys.argv[1:] if args is None else args
+        every = LightningCLI.subcommands()
+        if isinstance(given, list) and given and given[0] in every:  # the others' parsers take a tenth of a second
+            self.subcommands = lambda: {given[0]: every[given[0]]}  # type: ignore[method-assign]
         status = 1
         self.wandb_runs: list[Any] = []
         self.made_folders = []
@@ -184,10 +189,17 @@ class ExperimentCLI(LightningCLI):
         )
         parser.add_argument(
             "--num_threads",
-            type=PositiveInt | None,
-            default=None,
+            type=PositiveInt,
+            default=DEFAULT_NUM_THREADS,
             help="Threads of the CPU's operations. Their number changes the last digits of a sum, so it is saved in"
-            " config.yaml. Default: torch's, one for each core.",
+            " config.yaml. The default is torch's, one for each core.",
+        )
+        parser.add_argument(
+            "--run_dir",
+            type=Optional[str],  # noqa: UP045
+            default=None,
+            help="The run's folder, without a run in it; null: a new version_N in trainer.default_root_dir. It is not"
+            " saved, since a rerun gets a folder of its own.",
         )
 
     def _parse_ckpt_path(self) -> None:
@@ -216,19 +228,16 @@ class ExperimentCLI(LightningCLI):
             if not runs:
                 raise MisconfigurationException(f"there is no run in {root}: fit first, or give --ckpt_path=FILE")
             config.ckpt_path = find_checkpoint(runs[-1], config.ckpt_path or "best")
-        config.num_threads = config.num_threads or DEFAULT_NUM_THREADS
         torch.set_num_threads(config.num_threads)
         # Without ckpt_path: a resumed run ends like one that was never stopped, and needs no other run's file for it.
-        saved = config.clone()
-        saved.ckpt_path = None
-        self.config_yaml = self._parser(self.subcommand).dump(saved, skip_unset=False, format="yaml")
+        dump = self.parser.dump(self.config, "json", skip_unset=False, skip_validation=True)
+        self.settings = {**json.loads(dump)[self.subcommand], "ckpt_path": None, "run_dir": None}
+        self.config_yaml = yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
+        # LightningCLI would make this when it instantiates, but validate it once more.
+        dump = self.parser.dump(self.config, "json", skip_link_targets=False, skip_unset=False, skip_validation=True)
+        self.config_dump = json.loads(dump)[self.subcommand]
         if config.ckpt_path is not None:
             self.config_yaml = f"# resumed from {config.ckpt_path}\n{self.config_yaml}"
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """What config.yaml says, as plain values."""
-        return yaml.safe_load(self.config_yaml)
 
     def instantiate_classes(self) -> None:
         """Instantiates all that the config names.
@@ -279,20 +288,20 @@ class ExperimentCLI(LightningCLI):
         trainer = self.trainer
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return self.before_validate()
-        folders = [logger.log_dir for logger in trainer.loggers if logger.log_dir]
+        given = self.config[self.subcommand].run_dir
+        folders = [given] if given else [logger.log_dir for logger in trainer.loggers if logger.log_dir]
         if folders and Path(folders[0], "config.yaml").exists():
-            raise MisconfigurationException(f"{folders[0]} holds a run already: give the logger another version")
+            raise MisconfigurationException(f"{folders[0]} holds a run already: give the run another folder")
         self._check_checkpoint()
-        if folders:
-            self.run_dir = Path(folders[0])
-        else:
-            root = Path(trainer.default_root_dir)
-            new = [folder for folder in (root, *root.parents) if not folder.exists()]
-            try:
-                self.run_dir = new_version(root)
-            except OSError as error:
-                raise MisconfigurationException(f"{root} can't be written: {error.strerror}") from error
-            self.made_folders = [self.run_dir, *new]
+        root = Path(folders[0] if folders else trainer.default_root_dir)
+        new = [folder for folder in (root, *root.parents) if not folder.exists()]
+        try:
+            if folders:
+                root.mkdir(parents=True, exist_ok=True)
+            self.run_dir = root if folders else new_version(root)
+        except OSError as error:
+            raise MisconfigurationException(f"{root} can't be written: {error.strerror}") from error
+        self.made_folders = new if folders else [self.run_dir, *new]
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.run_dir.absolute() / "checkpoints")

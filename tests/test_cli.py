@@ -1,6 +1,7 @@
 """The command line: named callbacks and loggers, class paths, and one line for each mistake."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from torch import nn
 
 from mnist_cnn import CNN, Histograms, LitClassifier
-from mnist_cnn.cli import DEFAULT_NUM_THREADS
 
 DEV = ["fit", *BASE, *QUIET, "--trainer.max_epochs=0", "--evaluate_best=false"]
 
@@ -67,13 +67,24 @@ def test_null_switches_off_what_lightning_would_replace(folder):
     assert list(folder.rglob("*.ckpt")) == []
 
 
+def test_a_run_goes_where_it_is_told_and_its_rerun_does_not(folder, capfd):
+    main([*FIT, *QUIET, "--run_dir=some/where"])
+    assert {"config.yaml", "metrics.json", "checkpoints"} <= set(os.listdir("some/where"))
+    assert not Path("logs").exists()
+    assert "some/where holds a run already" in error_of(capfd, *FIT, *QUIET, "--run_dir=some/where")
+    main(["fit", "--config=some/where/config.yaml"])
+    assert Path("logs/mnist/version_0/metrics.json").exists()
+    error_of(capfd, *FIT, *QUIET, "--run_dir=other/place", "--data.batch_size=60000")
+    assert not Path("other").exists()
+
+
 def test_a_run_leaves_no_setting_to_the_next(folder):
     main([*DEV, "--seed_everything=7", "--num_threads=1"])
     assert os.environ["PL_GLOBAL_SEED"] == "7" and torch.get_num_threads() == 1
-    cli = main([*DEV, "--seed_everything=false", "--num_threads=null"])
-    assert "PL_GLOBAL_SEED" not in os.environ and torch.get_num_threads() == DEFAULT_NUM_THREADS
+    cli = main([*DEV, "--seed_everything=false"])
+    assert "PL_GLOBAL_SEED" not in os.environ and torch.get_num_threads() == 2  # as base.yaml says
     saved = yaml.safe_load((cli.run_dir / "config.yaml").read_text())
-    assert saved["num_threads"] == DEFAULT_NUM_THREADS
+    assert saved["num_threads"] == 2
 
 
 def test_barebones_and_other_precisions(folder):
@@ -175,7 +186,10 @@ def test_help_and_printed_config_write_nothing_else(folder, capsys):
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("overlay", sorted(path.name for path in (REPO / "configs").glob("*.yaml")))
+CONFIGS = sorted(path.name for path in (REPO / "configs").glob("*.yaml") if path.name != "sweep.yaml")
+
+
+@pytest.mark.parametrize("overlay", CONFIGS)
 def test_every_config_parses(folder, overlay, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["fit", *BASE, "--config", str(REPO / "configs" / overlay), "--print_config"])
