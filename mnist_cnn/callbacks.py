@@ -273,15 +273,17 @@ def draw_confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
         counts: [C, C]; row: target, column: prediction.
         classes: C names.
     """
-    figure = Figure(figsize=(7, 6.5), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(7, 6.5), dpi=100)
+    longest = max(map(len, classes))
+    margin = 0.08 + 0.012 * min(longest, 20)  # a constrained layout would take longer than all the rest
+    axes = figure.add_axes((margin, margin, 0.97 - margin, 0.92 - margin))
     errors = counts * (1 - np.eye(len(counts)))  # the colour shows errors; beside the diagonal they would all be pale
     axes.imshow(errors, cmap="Reds", vmax=max(1, 1.5 * errors.max()))
     for (row, column), count in np.ndenumerate(counts):
         if count:
             weight = "bold" if row == column else "normal"
             axes.text(column, row, str(count), ha="center", va="center", weight=weight, fontsize=9)
-    axes.set_xticks(range(len(classes)), classes, rotation=0 if max(map(len, classes)) < 3 else 45)
+    axes.set_xticks(range(len(classes)), classes, rotation=0 if longest < 3 else 45)
     axes.set_yticks(range(len(classes)), classes)
     axes.set_xlabel("predicted")
     axes.set_ylabel("target")
@@ -297,15 +299,26 @@ def draw_worst(worst: dict[str, np.ndarray], classes: Sequence[str]) -> Figure:
         worst: image [N, 1, H, W]; target, predicted, probability [N].
         classes: C names.
     """
-    count = len(worst["image"])
+    count, _, height, width = worst["image"].shape
     columns = int(np.ceil(np.sqrt(count)))
     rows = int(np.ceil(count / columns))
-    figure = Figure(figsize=(1.5 * columns, 1.75 * rows + 0.4), dpi=100, layout="constrained")
-    figure.suptitle("worst classified: target → predicted (probability)")
+    # One picture of all, since axes of their own for each would take longer than the test. A tile has room for a title.
+    tile_height, tile_width = round(1.25 * height), round(1.1 * width)
+    mosaic = np.full((rows * tile_height, columns * tile_width), np.nan)
+    figure = Figure(figsize=(1.5 * columns, 1.7 * rows + 0.4), dpi=100)
+    top = 1.7 * rows / (1.7 * rows + 0.4)
+    size = 9 if max(map(len, classes)) < 4 else 6
+    axes = figure.add_axes((0, 0, 1, top))
+    figure.text(0.5, (1 + top) / 2, "worst classified: target → predicted (probability)", ha="center", va="center")
     for index in range(count):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        axes.imshow(worst["image"][index, 0], cmap="gray")
+        y, x = index // columns * tile_height, index % columns * tile_width
+        left = x + (tile_width - width) // 2
+        image = worst["image"][index, 0].astype(float)
+        low, high = image.min(), image.max()
+        mosaic[y + tile_height - height : y + tile_height, left : left + width] = (image - low) / (high - low or 1)
         target, predicted = (classes[worst[key][index]] for key in ("target", "predicted"))
-        axes.set_title(f"{target} → {predicted} ({worst['probability'][index]:.2f})", fontsize=9)
-        axes.axis("off")
+        title = f"{target} → {predicted} ({worst['probability'][index]:.2f})"
+        axes.text(x + tile_width / 2, y + tile_height - height - 1, title, ha="center", va="bottom", fontsize=size)
+    axes.imshow(mosaic, cmap="gray", aspect="auto")
+    axes.axis("off")
     return figure
