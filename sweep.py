@@ -1,0 +1,885 @@
+"""Sweeps a grid over a LightningCLI program: one config file for each combination, one run after another.
+
+    python sweep.py                                  # the grid of configs/sweep.yaml
+    python sweep.py --config my_grid.yaml --dry_run  # write and check the configs only
+    python sweep.py --run_dir some/configs           # run the config files of a folder
+
+All state lies in logs/sweeps/NAME, so the same command goes on where the last one was stopped, and a second one shares
+the work. A run is finished when its metrics.json is there and its config.yaml is the one asked for. The program is a
+function main(args) that returns its LightningCLI; if it has an option --run_dir, a run's folder is given by it.
+"""
+
+import contextlib
+import csv
+import difflib
+import functools
+import gc
+import hashlib
+import importlib
+import inspect
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Literal, TextIO
+from unittest import mock
+
+import yaml
+from filelock import FileLock, Timeout
+from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse.typing import PositiveInt
+
+# No rich up here: in a process that imports it before torch, 1 would be parsed as 1.0, since typing gives the first
+# Union[float, int] that it has seen for each later Union[int, float]. The runs' processes import this file.
+
+START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+CONTEXT: Any = multiprocessing.get_context(START)
+# What a run imports late, as far as it is installed: for its loggers and pictures, and for the command line.
+PRELOAD = """torch.utils.tensorboard tensorboard.plugins.hparams wandb.sdk.launch.inputs.internal pandas omegaconf
+    PIL.GifImagePlugin PIL.JpegImagePlugin PIL.PpmImagePlugin attrs fsspec.implementations.chained
+    torch.utils.serialization multiprocessing.synchronize encodings.hex_codec"""
+PLACES = {("run_dir",), ("ckpt_path",), ("trainer", "default_root_dir")}  # what a program may save as it was run
+LOADER, DUMPER = getattr(yaml, "CSafeLoader", yaml.SafeLoader), getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+Flat = dict[tuple[str, ...], Any]  # a config: path of keys -> value
+
+
+class Mistake(Exception):
+    """What the user has to change, in one line."""
+
+
+# 1. From a grid to config files -------------------------------------------------------------------------------------
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """The last words of each key, as many as tell it apart from the others."""
+    words = {key: [w for w in key.split(".") if w not in ("init_args", "class_path")] or [key] for key in keys}
+
+    def name(own: list[str], count: int) -> str:
+        unique = sum(other[-count:] == own[-count:] for other in words.values()) == 1
+        return ".".join(own[-count:]) if unique or count >= len(own) else name(own, count + 1)
+
+    return {key: name(own, 1) for key, own in words.items()}
+
+
+def value_names(key: str, values: list[Any]) -> list[str]:
+    """A name for each value of an axis, safe in a file name; it doesn't depend on the values that follow."""
+    names: list[str] = []
+    for value in values:
+        text = value.get("class_path", value) if isinstance(value, dict) else value
+        if key == "config" and value:
+            text = "+".join(Path(path).stem for path in ([value] if isinstance(value, str) else value))
+        elif isinstance(text, str) and re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Za-z_]\w*", text):  # a class
+            text = text.rpartition(".")[2]
+        text = text if isinstance(text, str) else json.dumps(text)
+        name = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII).strip("-")[:30]
+        names.append(f"{name}~{digest(value)}" if name in names or not name or isinstance(value, dict) else name)
+    return names
+
+
+def digest(value: Any) -> str:
+    """Six characters that differ where values differ."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:6]
+
+
+def run_names(root: Path, grid: dict[str, list[Any]], points: list[tuple[int, ...]]) -> list[str]:
+    """A name for each point: its number and its values; a run that is there already keeps its number."""
+    files = (re.fullmatch(r"(\d+)-(.+)", file.stem) for file in (root / "configs").glob("*.yaml"))
+    there = {file[2]: file[1] for file in files if file}
+    numbers = itertools.count(max(map(int, there.values()), default=-1) + 1)
+    axes = [(short, value_names(key, grid[key])) for key, short in short_names(grid).items()]
+    names = ["-".join(f"{short}={names[i]}" for (short, names), i in zip(axes, point)) for point in points]
+    names = [re.sub(r"[^\w.+=~-]+", "-", name, flags=re.ASCII) for name in names]
+    names = [name if len(name) < 150 else f"{name[:140]}~{digest(name)}" for name in names]
+    width = max(3, len(str(len(points) - 1)))
+    return [f"{there.get(name) or format(next(numbers), f'0{width}')}-{name}" for name in names]
+
+
+def to_arguments(key: str, value: Any) -> list[str]:
+    """A setting as it is typed on the program's command line."""
+    if key == "config":
+        return [f"--config={path}" for path in ([value] if isinstance(value, str) else value or [])]
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}"]
+
+
+def flatten(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The leaves of a nested config."""
+    if not isinstance(config, dict) or not config:
+        yield path, config
+        return
+    for key, value in config.items():
+        yield from flatten(value, (*path, key))
+
+
+def exact(config: Any) -> dict[tuple[str, ...], str]:
+    """The leaves of a config for a comparison in which 1, 1.0 and true are different, as they are for Lightning."""
+    return {path: repr(value) for path, value in flatten(config)}
+
+
+def to_yaml(flat: Flat, values: dict[str, Any]) -> str:
+    """A config file, which says in its first line what was swept."""
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        functools.reduce(lambda inner, key: inner.setdefault(key, {}), path[:-1], nested)[path[-1]] = value
+    return f"# swept: {json.dumps(values)}\n" + yaml.dump(nested, Dumper=DUMPER, sort_keys=False, width=1000)
+
+
+@functools.cache
+def swept_values(path: Path) -> dict[str, Any]:
+    """What a config file says in its first line; nothing if it has no such line."""
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        if (line := file.readline()).startswith("# swept: "):
+            return json.loads(line.removeprefix("# swept: "))
+    return {}
+
+
+def load(path: Path) -> Any:
+    """The content of a YAML or JSON file; None if there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else yaml.load(text, LOADER)
+    return None
+
+
+@contextlib.contextmanager
+def write_atomically(path: Path) -> Iterator[TextIO]:
+    """Opens a temporary file that takes path's place if the block ends well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def import_program(program: str) -> Any:
+    """The function of module:function.
+
+    Raises:
+        Mistake: If there is none.
+    """
+    module, _, function = program.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (Exception, SystemExit) as error:
+        raise Mistake(f"program {program} can't be imported: {type(error).__name__}: {error}") from error
+
+
+class Grid:
+    """All combinations of a grid, as the program's own parser understands them.
+
+    A value is parsed beside the first values of the other axes. Axes that set the same keys (a class and its arguments,
+    say) are parsed in all their combinations; others are combined without parsing again, which takes a hundredth.
+
+    Args:
+        program: As in sweep.
+        before: Arguments in front of an overlay.
+        after: Arguments behind it.
+        axes: As in sweep's grid.
+
+    Raises:
+        Mistake: If the program refuses a combination, or makes or returns no LightningCLI.
+    """
+
+    def __init__(self, program: str, before: list[str], after: list[str], axes: dict[str, list[Any]]) -> None:
+        from lightning.pytorch.cli import LightningCLI
+
+        self.before, self.after, self.axes = before, after, axes
+        function, made = import_program(program), []
+        first = (0,) * len(axes)
+        run = mock.patch.multiple(  # up to where it would make a model or anything else
+            LightningCLI, instantiate_classes=lambda cli: made.append(cli), _run_subcommand=lambda *_: None
+        )
+        with self._in_one_line(first), run:
+            try:
+                returned = function(self._arguments(first))
+            except AttributeError:  # what follows in the function may need what hasn't been made
+                if not made:
+                    raise
+                returned = made[0]
+        if not made or returned is not made[0]:
+            raise Mistake(f"program {program} returns no LightningCLI, but {returned!r}")
+        self.parser = made[0].parser
+        self.reference = self._parse(first)
+        sizes = [len(values) for values in axes.values()]
+        tangles: list[tuple[set[int], set]] = []  # axes that set the same keys, and those keys
+        for axis, size in enumerate(sizes):
+            keys = {path for index in range(size) for path in self._difference((axis,), (index,))}
+            met = [t for t in tangles if any(p[: len(q)] == q[: len(p)] for p in keys for q in t[1])]
+            tangles = [t for t in tangles if t not in met]
+            tangles.append(({axis}.union(*(t[0] for t in met)), keys.union(*(t[1] for t in met))))
+        self.groups = [tuple(sorted(tangle)) for tangle, _ in tangles]
+        last = tuple(size - 1 for size in sizes)
+        if exact(self.config(last)) != exact(self._parse(last)):  # they act on each other in another way
+            self.groups = [tuple(range(len(axes)))]
+
+    def config(self, point: tuple[int, ...]) -> Flat:
+        """The complete config of a point: the index of each axis's value."""
+        flat = dict(self.reference)
+        for group in self.groups:
+            flat |= self._difference(group, tuple(point[axis] for axis in group))
+        return {path: value for path, value in flat.items() if value is not ...}
+
+    def values(self, point: tuple[int, ...]) -> dict[str, Any]:
+        """The swept values of a point."""
+        return {key: values[index] for (key, values), index in zip(self.axes.items(), point)}
+
+    @functools.cache  # noqa: B019  there is one grid in a process
+    def _difference(self, group: tuple[int, ...], indices: tuple[int, ...]) -> Flat:
+        """What some axes change in the reference; ...: the key is not there."""
+        if not any(indices):
+            return {}
+        flat = self._parse(tuple(dict(zip(group, indices)).get(axis, 0) for axis in range(len(self.axes))))
+        changed = {path: value for path, value in flat.items() if repr(self.reference.get(path, ...)) != repr(value)}
+        return dict.fromkeys(self.reference.keys() - flat.keys(), ...) | changed
+
+    def _arguments(self, point: tuple[int, ...]) -> list[str]:
+        values = self.values(point)
+        overlay = to_arguments("config", values.pop("config", None))
+        return [*self.before, *overlay, *self.after, *(a for item in values.items() for a in to_arguments(*item))]
+
+    def _parse(self, point: tuple[int, ...]) -> Flat:
+        with self._in_one_line(point):
+            config = self.parser.parse_args(self._arguments(point))
+            text = self.parser.dump(config, "json", skip_unset=False, skip_validation=True)
+        flat = dict(flatten(json.loads(text)["fit"]))
+        return flat | ({("seed_everything",): 0} if flat.get(("seed_everything",)) is True else {})  # as Lightning does
+
+    @contextlib.contextmanager
+    def _in_one_line(self, point: tuple[int, ...]) -> Iterator[None]:
+        """Turns the program's refusal into a Mistake; what it prints is not shown."""
+        output = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                yield
+        except (SystemExit, Exception) as error:
+            told = f"{type(error).__name__}: {error}"
+            if isinstance(error, SystemExit):
+                told = output.getvalue().strip() or str(error)
+            told = re.sub(r".*?^error: ", "", told, count=1, flags=re.DOTALL | re.MULTILINE)  # a usage comes first
+            values = ", ".join(f"{key}={value}" for key, value in self.values(point).items())
+            raise Mistake(f"{told} (with {values})") from error
+
+
+def write_configs(
+    answer: Connection, grid: tuple, names: list[str], points: list[tuple[int, ...]], root: Path, settings: dict
+) -> None:
+    """Checks the config of each point and then writes those that are not there, in a process of its own.
+
+    Args:
+        answer: Is sent the text of a Mistake, or whether the program has an option --run_dir.
+        grid: Grid's arguments.
+        names: Names of the runs.
+        points: Their indices on the axes.
+        root: The sweep's folder.
+        settings: Content of sweep.yaml; empty if the runs are not those of a grid.
+    """
+    threading.Thread(target=die_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    try:
+        configs = Grid(*grid)
+
+        def missing() -> list[tuple[Path, tuple[int, ...]]]:
+            check_grid(root, settings)
+            seen: dict[int, str] = {}
+            found = []
+            for name, point in zip(names, points):
+                flat, path = configs.config(point), root / "configs" / f"{name}.yaml"
+                if (same := seen.setdefault(hash(str(flat)), name)) != name:
+                    raise Mistake(f"{same} and {name} are the same run")
+                if not is_written(path, flat):
+                    found.append((path, point))
+            return found
+
+        missing()  # nothing is written, and no folder made, before all is checked
+        with lock(root, "sweep"):
+            todo = missing()  # another sweep may have written meanwhile
+            if settings:
+                with write_atomically(root / "sweep.yaml") as file:
+                    yaml.dump(settings, file, DUMPER, sort_keys=False)
+            for path, point in todo:
+                if path.exists():
+                    print(f"{path} is damaged and written anew", file=sys.stderr)
+                values = configs.values(point)
+                with write_atomically(path) as file:
+                    file.write(
+                        to_yaml(configs.config(point), values if settings else swept_values(Path(values["config"])))
+                    )
+        answer.send(("run_dir",) in configs.reference)
+    except Mistake as error:
+        answer.send(str(error))
+    except Exception as error:
+        answer.send(f"{type(error).__name__}: {error}")
+
+
+def check_grid(root: Path, settings: dict[str, Any]) -> None:
+    """Sees to it that a sweep's folder is of the same program and grid, or of a smaller one.
+
+    Raises:
+        Mistake: If it isn't.
+    """
+    saved = load(root / "sweep.yaml")
+    if not settings or not isinstance(saved, dict) or not isinstance(saved.get("grid"), dict):
+        return
+    for what, old, new in (
+        ("program", saved.get("program"), settings["program"]),
+        ("axes", ", ".join(saved["grid"]), ", ".join(settings["grid"])),
+    ):
+        if old != new:
+            raise Mistake(f"{root} has the {what} {old}, now it is {new}: give the sweep another name")
+    for key, old in saved["grid"].items():
+        if any(repr(value) not in map(repr, settings["grid"][key]) for value in old):
+            raise Mistake(f"{root} has {key}: {old}, now it is {settings['grid'][key]}: give the sweep another name")
+
+
+def is_written(path: Path, flat: Flat) -> bool:
+    """Whether a run's config is there already.
+
+    Raises:
+        Mistake: If it is, with other settings.
+    """
+    there, asked = exact(load(path)), {key: repr(value) for key, value in flat.items()}
+    if () in there:  # no file, or no settings in it
+        return False
+    for key in {**there, **asked}:
+        old, new = (config.get(key, "nothing") for config in (there, asked))
+        if old != new:
+            raise Mistake(f"{path} has {'.'.join(key)}: {old}, now it is {new}: give the sweep another name")
+    return True
+
+
+# 2. From a config file to a run -------------------------------------------------------------------------------------
+
+
+def lock(root: Path, name: str, timeout: float = -1) -> Any:
+    """A lock that goes with the process that holds it."""
+    (root / ".locks").mkdir(parents=True, exist_ok=True)
+    return FileLock(root / ".locks" / f"{name}.lock").acquire(timeout=timeout)
+
+
+def status(root: Path, name: str, metric: str) -> tuple[str, dict[str, Any]]:
+    """How a run stands: finished (with its metrics), failed, interrupted (with a reason), running or pending."""
+    run = root / name
+    metrics, ended = load(run / "metrics.json"), load(run / "status.json")
+    config = root / "configs" / f"{name}.yaml"
+    asked, done = (
+        {path: value for path, value in exact(load(file)).items() if path not in PLACES}
+        for file in (config, run / "config.yaml")
+    )
+    if isinstance(metrics, dict) and asked == done and () not in asked:
+        if isinstance(value := metrics.get(metric), float) and not math.isfinite(value):
+            return "failed", {**(ended or {}), "reason": f"diverged: {metric} is {value}"}
+        return "finished", metrics
+    if isinstance(ended, dict):
+        return ended["status"], ended
+    return "running" if run.exists() else "pending", {}
+
+
+def train(root: Path, name: str, program: str, takes_run_dir: bool) -> None:
+    """Runs a config, in a process of its own, whose output goes to output.log in the run's folder."""
+    claim = lock(root, f"{name}.run")  # until this process ends; that of a killed sweep may take a moment to die
+    run, config = root / name, root / "configs" / f"{name}.yaml"
+    if run.exists():
+        if any(run.iterdir()) and not (run / "output.log").exists():
+            sys.exit(f"error: {run} is no run's folder")
+        run.rename(old := root / ".locks" / f"{name}.{os.getpid()}")  # at once, and not file by file
+        shutil.rmtree(old)
+    run.mkdir()
+    log = os.open(run / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log, stream.fileno())
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)  # Ctrl-C is for the sweep, which passes it on
+    threading.Thread(target=die_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    os.environ |= {"WANDB_RUN_GROUP": root.name, "WANDB_NAME": name}  # before W&B reads them
+    text = config.read_text(encoding="utf-8")
+    if "WandbLogger" in text:
+        threading.Thread(target=start_wandb_service, daemon=True).start()
+    function = import_program(program)
+    args = ["fit", f"--config={config}", f"--{'run_dir' if takes_run_dir else 'trainer.default_root_dir'}={run}"]
+    sys.argv = [str(sys.modules[function.__module__].__file__), *args]  # with it, Lightning starts further processes
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+    start = time.monotonic()
+    cli = function(args)
+    if not hasattr(cli, "trainer"):
+        sys.exit(f"error: program {program} returns no LightningCLI, but {cli!r}")
+    trainer = cli.trainer
+    if not (run / "config.yaml").exists():
+        with write_atomically(run / "config.yaml") as file:
+            file.write(text)
+    if not (run / "metrics.json").exists():
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        metrics = {key: value.item() for key, value in trainer.callback_metrics.items()}
+        metrics |= {"epochs": trainer.current_epoch, "seconds": time.monotonic() - start}
+        metrics["best_checkpoint"] = os.path.relpath(best, run) if best else None
+        with write_atomically(run / "metrics.json") as file:
+            json.dump(metrics, file, indent=2)
+    claim.lock.release()
+
+
+def die_with(parent: Any) -> None:
+    """Ends this process as soon as the sweep's is no more."""
+    parent.join()
+    kill(os.getpid())
+
+
+def kill(pid: int) -> None:
+    """Kills a run's process at once, and those that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        if hasattr(os, "killpg") and os.getpgid(pid) == pid:
+            os.killpg(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+
+
+def start_wandb_service() -> None:
+    """Starts W&B's own process, for which the run would wait 0.2 s, beside other things."""
+    with contextlib.suppress(Exception):  # the run will meet it again, and tell
+        importlib.import_module("wandb").setup()
+
+
+def last_line(log: Path, wanted: str = "") -> str:
+    """The last line of a log; of those that begin with what is wanted, if there are any."""
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 10_000))
+        lines = [line for line in re.split(r"[\r\n]+", file.read().decode(errors="replace")) if line.strip()]
+        return next((line for line in reversed(lines) if line.startswith(wanted)), lines[-1] if lines else "").strip()
+    return ""
+
+
+def preload() -> None:
+    """In the server from which the runs are forked: imports what they need; what fails is told where it is needed."""
+    for module in os.environ.pop("SWEEP_PRELOAD").split():
+        with contextlib.suppress(Exception, SystemExit):
+            importlib.import_module(module)
+    gc.freeze()  # garbage collection in the runs need not look at it
+
+
+def start_server(program: str) -> None:
+    """Starts that server, with this file's preload."""
+    sys.path[:0] = [folder for folder in (os.getcwd(), str(Path(__file__).parent)) if folder not in sys.path]
+    if START != "forkserver":
+        return
+    before, on_interrupt = dict(os.environ), signal.signal(signal.SIGINT, signal.SIG_IGN)  # so for the runs, at first
+    os.environ |= {"SWEEP_PRELOAD": f"{program.partition(':')[0]} {PRELOAD}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        multiprocessing.set_forkserver_preload([Path(__file__).stem])
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+# 3. The sweep -------------------------------------------------------------------------------------------------------
+
+
+class Sweep:
+    """The runs of a sweep, and what is shown of them.
+
+    Args:
+        root: The sweep's folder.
+        names: The runs that are asked for.
+        metric: As in sweep, like the others.
+        mode: Likewise.
+        retry_failed: Likewise.
+    """
+
+    def __init__(self, root: Path, names: list[str], metric: str, mode: str, retry_failed: bool) -> None:
+        from rich.console import Console
+
+        self.root, self.names, self.metric, self.mode, self.retry_failed = root, names, metric, mode, retry_failed
+        self.start = time.time()
+        self.finished: dict[str, dict[str, Any]] = {}  # with their metrics
+        self.failed: dict[str, str] = {}  # those that won't be tried again, with the reason
+        self.stops = 0  # how often it was asked to stop
+        self.live: Any = None
+        self.console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+    def look(self, name: str) -> tuple[str, dict[str, Any]]:
+        """A run's status; that of a finished one is read once."""
+        if name in self.finished:
+            return "finished", self.finished[name]
+        stands, details = status(self.root, name, self.metric)
+        if stands == "finished":
+            self.finished[name] = details
+        return stands, details
+
+    def is_open(self, name: str) -> bool:
+        """Whether there is something to do: a run that failed is tried again, but once in a sweep."""
+        stands, details = self.look(name)
+        if stands == "failed" and (details.get("time", 0) > self.start or not self.retry_failed):
+            self.failed[name] = details["reason"]
+        return stands != "finished" and name not in self.failed
+
+    def value(self, name: str) -> float:
+        """The metric of a finished run; NaN if it has none."""
+        value = self.finished[name].get(self.metric)
+        return value if isinstance(value, int | float) else math.nan
+
+    def best(self) -> list[str]:
+        """Those of the runs that are finished, the best first, those without the metric last."""
+        done = [name for name in self.names if name in self.finished]
+        sign = -1 if self.mode == "max" else 1
+        return sorted(done, key=lambda name: (math.isnan(self.value(name)), sign * self.value(name), name))
+
+    def go(self, max_failures: int, **how: Any) -> int:
+        """Does what there is to do, and waits for what other sweeps do.
+
+        Args:
+            max_failures: As in sweep.
+            how: Arguments of train.
+
+        Returns:
+            The exit status: 0 only if all runs are finished.
+
+        Raises:
+            Mistake: If the metric is none of the runs', or too many failed in a row.
+        """
+        from rich.live import Live
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+        in_a_row, todo = 0, [name for name in self.names if self.is_open(name)]
+        self.before = len(self.best())
+        with contextlib.ExitStack() as stack:
+            if self.console.is_terminal:
+                self.live = stack.enter_context(Live(console=self.console, transient=True))
+            self.record()
+            while todo and not self.stops and in_a_row < max_failures:
+                claimed = 0
+                for name in todo:
+                    if self.stops or in_a_row == max_failures:
+                        break
+                    try:
+                        with lock(self.root, name, timeout=0):
+                            if not self.is_open(name):
+                                continue
+                            self.run(name, how)
+                    except Timeout:
+                        claimed += 1
+                        continue
+                    self.record()
+                    in_a_row = in_a_row + 1 if name in self.failed else 0
+                todo = [name for name in self.names if self.is_open(name)]
+                if todo and claimed == len(todo):
+                    self.show(f"{claimed} still run in another sweep")
+                    time.sleep(1)
+        self.record()
+        self.print_table(self.best())
+        for name, reason in self.failed.items():
+            self.say(f"failed: {name}: {reason} (see {self.root / name / 'output.log'})")
+        took = duration(time.time() - self.start)
+        self.say(
+            f"{len(self.best())} of {len(self.names)} runs are finished, after {took}: {self.root / 'results.csv'}"
+        )
+        if in_a_row == max_failures:
+            raise Mistake(f"stopped, since {in_a_row} runs failed in a row: is it the same fault?")
+        return 130 if self.stops else 1 if self.failed else 0
+
+    def run(self, name: str, how: dict[str, Any]) -> None:
+        """Runs one, waits for its end, and notes how it failed."""
+        folder = self.root / name
+        log = folder / "output.log"
+        if (folder / "metrics.json").exists() and self.look(name)[0] == "running":
+            self.say(f"{name} starts over, since its metrics.json or config.yaml is not what it was")
+        process = CONTEXT.Process(target=train, kwargs={"root": self.root, "name": name, **how})
+        process.start()
+        told = False
+        while not wait([process.sentinel], timeout=0.25):
+            self.show(f"{name}  {last_line(log) or 'begins'}")
+            with contextlib.suppress(ProcessLookupError):
+                if self.stops > 1:
+                    kill(process.pid)
+                elif self.stops and not told and (START == "spawn" or os.getpgid(process.pid) == process.pid):
+                    self.say("stopping when the current run has ended; Ctrl-C once more: at once")
+                    os.kill(process.pid, signal.SIGINT)  # by now it can handle it
+                    told = True
+        process.join()
+        stands, details = self.look(name)
+        if stands == "finished":
+            return self.say(self.progress(name))
+        reason = details.get("reason") or last_line(log, "error: ").removeprefix("error: ")
+        if process.exitcode < 0:
+            reason = f"killed by {signal.Signals(-process.exitcode).name}" + " (out of memory?)" * (not self.stops)
+        elif process.exitcode == 0 and stands != "failed":
+            reason = "it left no metrics.json, or another config.yaml than it was given"
+        outcome = {"status": "interrupted" if self.stops else "failed", "reason": reason, "time": time.time()}
+        with write_atomically(folder / "status.json") as file:
+            json.dump(outcome, file)
+        if not self.stops:
+            self.failed[name] = reason
+        self.say(f"{name} {outcome['status']}: {reason} (see {log})")
+
+    def stop(self, *_: Any) -> None:
+        """What Ctrl-C does: first the current run ends cleanly, then at once."""
+        self.stops += 1
+
+    def record(self) -> None:
+        """Writes results.csv: a row for each run of the folder.
+
+        Raises:
+            Mistake: If the finished runs don't have the metric.
+        """
+        rows = []
+        with lock(self.root, "sweep"):
+            for path in sorted((self.root / "configs").glob("*.yaml")):
+                stands, details = self.look(path.stem)
+                numbers = {key: value for key, value in details.items() if isinstance(value, int | float)}
+                rows.append({"name": path.stem, "status": stands, **swept_values(path.absolute()), **numbers})
+            last = dict.fromkeys(["epochs", "seconds"])  # behind whatever metrics there are
+            columns = dict.fromkeys(key for row in rows for key in row if key not in last)
+            with write_atomically(self.root / "results.csv") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow([*columns, *last])
+                writer.writerows([to_cell(row.get(key)) for key in (*columns, *last)] for row in rows)
+        for name in self.best()[:1]:
+            if math.isnan(self.value(name)):
+                known = [key for key, value in self.finished[name].items() if isinstance(value, int | float)]
+                near = nearest(self.metric, known) or f"; there are {', '.join(known)}"
+                raise Mistake(f"{name} reports no metric {self.metric}{near}")
+
+    def progress(self, name: str = "") -> str:
+        """How far the sweep is; after a run, with its metric first."""
+        best, total = self.best(), len(self.names)
+        done = len(best) + len(self.failed)
+        parts = [f"[{done:{len(str(total))}}/{total}]"]
+        if name:
+            metrics = self.finished[name]
+            parts.append(f"{name}  {self.metric} {self.value(name):.4f}  {metrics.get('seconds', 0):.0f} s")
+        if best and not (name and self.live):  # the display has the rest
+            parts.append(f"best {self.value(best[0]):.4f} ({number(best[0])})")
+            if self.before < len(best) and done < total:
+                left = (time.time() - self.start) / (len(best) - self.before) * (total - done)
+                parts.append(f"{duration(left)} left")
+        return "  ".join([*parts, f"{len(self.failed)} failed"] if self.failed else parts)
+
+    def show(self, now: str) -> None:
+        """Draws the live display, where there is a terminal."""
+        if not self.live:
+            return
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        display = Table.grid()
+        display.add_row(ProgressBar(len(self.names), len(self.best()) + len(self.failed)))
+        for line in (self.progress(), now):
+            display.add_row(Text(line, no_wrap=True, overflow="ellipsis"))
+        self.live.update(display)
+
+    def say(self, line: str) -> None:
+        """Prints a line that stays."""
+        with contextlib.suppress(OSError):  # whoever reads it may have gone
+            if self.live:
+                self.console.print(line, soft_wrap=True, markup=False)
+            else:
+                print(line, flush=True)
+
+    def print_table(self, names: list[str], rows: int = 20) -> None:
+        """Prints runs as W&B's run table does: what was swept, how it ended."""
+        from rich.table import Table
+
+        swept = {name: swept_values((self.root / "configs" / f"{name}.yaml").absolute()) for name in names[:rows]}
+        axes = short_names(dict.fromkeys(key for values in swept.values() for key in values))
+        ended = {name: self.look(name)[1] for name in swept}
+        metrics = {key: 0 for details in ended.values() for key in details if isinstance(details[key], int | float)}
+        table = Table("run", *axes.values(), *metrics, box=None, pad_edge=False)
+        for name, values in swept.items():
+            cells = [value_names(key, [values[key]])[0] if key in values else "" for key in axes]
+            numbers = [
+                f"{ended[name].get(key, math.nan):.{0 if key in ('epochs', 'seconds') else 4}f}" for key in metrics
+            ]
+            table.add_row(number(name), *cells, *numbers)
+        self.console.print(table)
+        if len(names) > rows:
+            self.say(f"and {len(names) - rows} more")
+
+
+def number(name: str) -> str:
+    """The number of a grid's run; the whole name of any other."""
+    return name.partition("-")[0] if re.match(r"\d+-.*=", name) else name
+
+
+def to_cell(value: Any) -> Any:
+    """A value as a CSV file has it."""
+    return value if isinstance(value, str | float) else "" if value is None else json.dumps(value)
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    unit, name = (1, "s") if seconds < 100 else (60, "min") if seconds < 6000 else (3600, "h")
+    return f"{seconds / unit:.{int(unit == 3600)}f} {name}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The nearest right name, in brackets; nothing if there is none."""
+    return "".join(f" (did you mean {match}?)" for match in difflib.get_close_matches(name, known, n=1))
+
+
+def sweep(
+    base: list[str] | str = [],  # noqa: B006  read only, like the next two
+    grid: dict[str, Any] = {},  # noqa: B006
+    fixed: dict[str, Any] = {},  # noqa: B006
+    name: str | None = None,
+    metric: str = "val/acc",
+    mode: Literal["max", "min"] = "max",
+    program: str = "main:main",
+    dry_run: bool = False,
+    limit: PositiveInt | None = None,
+    retry_failed: bool = True,
+    max_failures: PositiveInt = 3,
+    run_dir: str | None = None,
+) -> int:
+    """Writes the configs of a grid into logs/sweeps/NAME/configs and runs them; the same command again goes on.
+
+    Args:
+        base: Config files of the program with which every run begins.
+        grid: Key, as on the program's command line -> list of values. The key `config` takes overlays: files, lists
+            of files, or null for none.
+        fixed: Key -> value, the same in every run.
+        name: The sweep's folder in logs/sweeps, and the runs' group in W&B; "sweep" or run_dir's name if null.
+        metric: What runs are compared by, as metrics.json has it.
+        mode: Whether more or less of it is better.
+        program: module:function, where function(args) returns its LightningCLI.
+        dry_run: Write and check the configs, print the table of runs, train nothing.
+        limit: Only so many runs, the first of the grid.
+        retry_failed: Whether runs that failed in an earlier sweep are tried again.
+        max_failures: Stop when so many runs fail in a row.
+        run_dir: Instead of base and grid: a folder of config files, each of which is run.
+
+    Returns:
+        The exit status: 0 if all runs are finished.
+
+    Raises:
+        Mistake: If something has to be changed first.
+    """
+    base = [base] if isinstance(base, str) else base
+    fixed, grid = ({".".join(path): value for path, value in flatten(some) if path} for some in (fixed, grid))
+    if run_dir:
+        if base or grid:
+            raise Mistake("run_dir takes the place of base and grid")
+        grid = {"config": [str(path) for path in sorted(Path(run_dir).glob("*.y*ml"))]}
+        if not grid["config"]:
+            raise Mistake(f"{run_dir} has no config files (*.yaml)")
+        stems = [Path(file).stem for file in grid["config"]]
+        for stem in stems:
+            if stems.count(stem) > 1 or stem in ("configs", "results.csv"):
+                raise Mistake(f"{run_dir} has a config file {stem}, which can't be the name of its run")
+    if not grid:
+        raise Mistake("the grid is empty: give --config, --grid or --run_dir")
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise Mistake(f"grid: {key} must be a list of values, got {json.dumps(values)}")
+        given = [json.dumps(value) for value in values]
+        for value in given:
+            if given.count(value) > 1:
+                raise Mistake(f"grid: {key} has {value} twice")
+        for value in values if key == "config" else ():
+            if not all(isinstance(file, str | None) for file in (value if isinstance(value, list) else [value])):
+                raise Mistake(f"grid: a value of config is a file, a list of files, or null, not {json.dumps(value)}")
+        if key in fixed:
+            raise Mistake(f"{key} is both in grid and in fixed")
+    if name is not None and not re.fullmatch(r"\w[\w.+=@ -]*", name):
+        raise Mistake(f"name: {name!r} can't be the name of a folder")
+    of_a_sweep = run_dir and not name and Path(run_dir).name == "configs" and (Path(run_dir).parent / ".locks").exists()
+    root = Path("logs/sweeps", name or Path(run_dir or "sweep").resolve().name)
+    if of_a_sweep:
+        root = Path(run_dir or "").parent
+    points = list(itertools.islice(itertools.product(*(range(len(values)) for values in grid.values())), limit))
+    names = [Path(file).stem for file in grid["config"]] if run_dir else run_names(root, grid, points)
+    settings = {"base": base, "grid": grid, "fixed": fixed, "name": name, "metric": metric, "mode": mode}
+    settings["program"] = program
+
+    before = ["fit", *to_arguments("config", base)]
+    after = [argument for item in fixed.items() for argument in to_arguments(*item)]
+    runs = Sweep(root, sorted(names[: len(points)]), metric, mode, retry_failed)
+    with runs.console.status(f"importing {program} and checking {len(points)} configs"):
+        start_server(program)
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        work = (sender, (program, before, after, grid), names, points, root, {} if run_dir else settings)
+        checker = CONTEXT.Process(target=write_configs, args=work, daemon=True)
+        checker.start()
+        sender.close()
+        try:
+            answer = receiver.recv()
+        except EOFError:
+            raise Mistake(f"program {program} ended while the configs were checked") from None
+        checker.join()
+    if isinstance(answer, str):
+        raise Mistake(answer)
+    if dry_run:
+        runs.print_table(runs.names, rows=100)
+        runs.say(f"{len(points)} runs: {root / 'configs'}")
+        return 0
+    return runs.go(max_failures, program=program, takes_run_dir=answer)
+
+
+def main(args: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    args = sys.argv[1:] if args is None else args
+    flags = [
+        arg in ("--dry_run", "--retry_failed") and next not in ("true", "false")
+        for arg, next in zip(args, [*args[1:], ""])
+    ]
+    args = [f"{arg}=true" if flag else arg for arg, flag in zip(args, flags)]
+    default = Path(__file__).parent / "configs/sweep.yaml"
+    if default.exists() and not any(arg.startswith(("--config", "--run_dir")) for arg in args):
+        args = [f"--config={default}", *args]
+    parser = ArgumentParser(
+        exit_on_error=False, allow_abbrev=False, description=(sweep.__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--config", action="config", help="A YAML file with these settings; configs/sweep.yaml if none."
+    )
+    parser.add_function_arguments(sweep)
+    try:
+        settings = parser.parse_args(args).as_dict()
+        settings.pop("config")
+        return sweep(**settings)
+    except ArgumentError as error:
+        message = explain(str(error))
+    except (Mistake, OSError) as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        return 130
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 1
+
+
+def explain(message: str) -> str:
+    """What jsonargparse says, in a line."""
+    settings = inspect.signature(sweep).parameters
+    if missing := re.search("File does not exist: (.*)", message):
+        return f"there is no config file {missing[1]}"
+    if unknown := re.search(r"(?:Option '|unrecognized arguments: (?:--)?)(\w+)", message):
+        return f"unknown setting {unknown[1]}{nearest(unknown[1], settings)}"
+    key, value = re.search(r'key "(\w+)', message), re.search(r"(?:Got|Given) value: (.*)", message)
+    if key and value and key[1] in settings:
+        kind = re.sub(r"<class '(\w+)'>|(?:jsonargparse\.)?typing\.", r"\1", str(settings[key[1]].annotation))
+        return f"{key[1]}: expected {kind}, got {value[1]}"
+    return message
+
+
+if "SWEEP_PRELOAD" in os.environ:
+    preload()
+if __name__ == "__main__":
+    module = importlib.import_module(Path(__file__).stem)
+    del sys.modules["__main__"].__file__  # or else each run would compile and execute this file anew
+    sys.exit(module.main())
