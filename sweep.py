@@ -11,6 +11,7 @@ function main(args) that returns its LightningCLI; if it has an option --run_dir
 
 import contextlib
 import csv
+import datetime
 import difflib
 import functools
 import gc
@@ -24,6 +25,7 @@ import math
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import random
 import re
 import shutil
 import signal
@@ -34,7 +36,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 from unittest import mock
 
 import yaml
@@ -54,6 +56,7 @@ PRELOAD = """torch.utils.tensorboard tensorboard.plugins.hparams wandb.sdk.launc
 PLACES = {("run_dir",), ("ckpt_path",), ("trainer", "default_root_dir")}  # what a program may save as it was run
 LOADER, DUMPER = getattr(yaml, "CSafeLoader", yaml.SafeLoader), getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 Flat = dict[tuple[str, ...], Any]  # a config: path of keys -> value
+Point = tuple[int, ...]  # of a grid: the index of each axis's value
 
 
 class Mistake(Exception):
@@ -74,43 +77,49 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
     return {key: name(own, 1) for key, own in words.items()}
 
 
-def value_names(key: str, values: list[Any]) -> list[str]:
-    """A name for each value of an axis, safe in a file name; it doesn't depend on the values that follow."""
-    names: list[str] = []
-    for value in values:
-        text = value.get("class_path", value) if isinstance(value, dict) else value
-        if key == "config" and value:
-            text = "+".join(Path(path).stem for path in ([value] if isinstance(value, str) else value))
-        elif isinstance(text, str) and re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Za-z_]\w*", text):  # a class
-            text = text.rpartition(".")[2]
-        text = text if isinstance(text, str) else json.dumps(text)
-        name = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII).strip("-")[:30]
-        names.append(f"{name}~{digest(value)}" if name in names or not name or isinstance(value, dict) else name)
-    return names
+def files(overlay: Any) -> Any:
+    """The config files of an overlay: one, a list of them, or none."""
+    return [overlay] if isinstance(overlay, str) else overlay or []
+
+
+def label(key: str, value: Any) -> str:
+    """A short name of an axis's value, safe in a file name."""
+    text = value.get("class_path", value) if isinstance(value, dict) else value
+    if key == "config" and value:
+        text = "+".join(Path(file).stem for file in files(value))
+    elif isinstance(text, str) and re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Za-z_]\w*", text):  # a class
+        text = text.rpartition(".")[2]
+    text = text if isinstance(text, str) else json.dumps(text)
+    return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII).strip("-")[:30]
+
+
+def run_names(root: Path, grid: dict[str, list[Any]], points: list[Point]) -> list[str]:
+    """A name for each point: its number and its values; a run that is there already keeps its number."""
+    files = (file.stem.partition("-") for file in (root / "configs").glob("[0-9]*-*.yaml"))
+    there = {name: number for number, _, name in files}
+    numbers = itertools.count(1 + max(map(int, there.values()), default=-1))
+    width = max(3, len(str(len(points) - 1)))
+    axes: list[list[str]] = []
+    for key, short in short_names(grid).items():
+        axes.append([])
+        for value in grid[key]:  # the name doesn't depend on values that follow, for they may be added later
+            name = re.sub(r"[^\w.+=~-]+", "-", f"{short}={label(key, value)}")
+            alike = name in axes[-1] or isinstance(value, dict) or name.endswith("=")
+            axes[-1].append(f"{name}~{digest(value)}" if alike else name)
+    names = ["-".join(axis[index] for axis, index in zip(axes, point)) for point in points]
+    names = [name if len(name) < 150 else f"{name[:140]}~{digest(name)}" for name in names]
+    return [f"{there.get(name) or format(next(numbers), f'0{width}')}-{name}" for name in names]
 
 
 def digest(value: Any) -> str:
     """Six characters that differ where values differ."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:6]
-
-
-def run_names(root: Path, grid: dict[str, list[Any]], points: list[tuple[int, ...]]) -> list[str]:
-    """A name for each point: its number and its values; a run that is there already keeps its number."""
-    files = (re.fullmatch(r"(\d+)-(.+)", file.stem) for file in (root / "configs").glob("*.yaml"))
-    there = {file[2]: file[1] for file in files if file}
-    numbers = itertools.count(max(map(int, there.values()), default=-1) + 1)
-    axes = [(short, value_names(key, grid[key])) for key, short in short_names(grid).items()]
-    names = ["-".join(f"{short}={names[i]}" for (short, names), i in zip(axes, point)) for point in points]
-    names = [re.sub(r"[^\w.+=~-]+", "-", name, flags=re.ASCII) for name in names]
-    names = [name if len(name) < 150 else f"{name[:140]}~{digest(name)}" for name in names]
-    width = max(3, len(str(len(points) - 1)))
-    return [f"{there.get(name) or format(next(numbers), f'0{width}')}-{name}" for name in names]
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:6]
 
 
 def to_arguments(key: str, value: Any) -> list[str]:
     """A setting as it is typed on the program's command line."""
     if key == "config":
-        return [f"--config={path}" for path in ([value] if isinstance(value, str) else value or [])]
+        return [f"--config={file}" for file in files(value)]
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}"]
 
 
@@ -153,14 +162,13 @@ def load(path: Path) -> Any:
     return None
 
 
-@contextlib.contextmanager
-def write_atomically(path: Path) -> Iterator[TextIO]:
-    """Opens a temporary file that takes path's place if the block ends well."""
+def write(path: Path, text: str) -> None:
+    """Writes a file: all of it, or nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "w", encoding="utf-8", newline="") as file:
-            yield file
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -201,12 +209,23 @@ class Grid:
         from lightning.pytorch.cli import LightningCLI
 
         self.before, self.after, self.axes = before, after, axes
-        function, made = import_program(program), []
-        first = (0,) * len(axes)
+        self.parser: Any = None
+        function, made, first = import_program(program), [], (0,) * len(axes)
+        parse = LightningCLI.parse_arguments
+
+        def keep(cli: LightningCLI, parser: Any, args: Any) -> None:
+            made.append(cli)
+            self.parser = parser
+            parse(cli, parser, args)
+
         run = mock.patch.multiple(  # up to where it would make a model or anything else
-            LightningCLI, instantiate_classes=lambda cli: made.append(cli), _run_subcommand=lambda *_: None
+            LightningCLI,
+            parse_arguments=keep,
+            _set_seed=lambda _: None,
+            instantiate_classes=lambda _: None,
+            _run_subcommand=lambda *_: None,
         )
-        with self._in_one_line(first), run:
+        with run, self._in_one_line(first):
             try:
                 returned = function(self._arguments(first))
             except AttributeError:  # what follows in the function may need what hasn't been made
@@ -215,7 +234,6 @@ class Grid:
                 returned = made[0]
         if not made or returned is not made[0]:
             raise Mistake(f"program {program} returns no LightningCLI, but {returned!r}")
-        self.parser = made[0].parser
         self.reference = self._parse(first)
         sizes = [len(values) for values in axes.values()]
         tangles: list[tuple[set[int], set]] = []  # axes that set the same keys, and those keys
@@ -225,18 +243,19 @@ class Grid:
             tangles = [t for t in tangles if t not in met]
             tangles.append(({axis}.union(*(t[0] for t in met)), keys.union(*(t[1] for t in met))))
         self.groups = [tuple(sorted(tangle)) for tangle, _ in tangles]
-        last = tuple(size - 1 for size in sizes)
-        if exact(self.config(last)) != exact(self._parse(last)):  # they act on each other in another way
-            self.groups = [tuple(range(len(axes)))]
+        dice = random.Random(0)
+        for point in (tuple(size - 1 for size in sizes), *(tuple(map(dice.randrange, sizes)) for _ in range(3))):
+            if exact(self.config(point)) != exact(self._parse(point)):  # they act on each other in another way
+                self.groups = [tuple(range(len(axes)))]
 
-    def config(self, point: tuple[int, ...]) -> Flat:
+    def config(self, point: Point) -> Flat:
         """The complete config of a point: the index of each axis's value."""
         flat = dict(self.reference)
         for group in self.groups:
             flat |= self._difference(group, tuple(point[axis] for axis in group))
         return {path: value for path, value in flat.items() if value is not ...}
 
-    def values(self, point: tuple[int, ...]) -> dict[str, Any]:
+    def values(self, point: Point) -> dict[str, Any]:
         """The swept values of a point."""
         return {key: values[index] for (key, values), index in zip(self.axes.items(), point)}
 
@@ -249,12 +268,12 @@ class Grid:
         changed = {path: value for path, value in flat.items() if repr(self.reference.get(path, ...)) != repr(value)}
         return dict.fromkeys(self.reference.keys() - flat.keys(), ...) | changed
 
-    def _arguments(self, point: tuple[int, ...]) -> list[str]:
+    def _arguments(self, point: Point) -> list[str]:
         values = self.values(point)
         overlay = to_arguments("config", values.pop("config", None))
         return [*self.before, *overlay, *self.after, *(a for item in values.items() for a in to_arguments(*item))]
 
-    def _parse(self, point: tuple[int, ...]) -> Flat:
+    def _parse(self, point: Point) -> Flat:
         with self._in_one_line(point):
             config = self.parser.parse_args(self._arguments(point))
             text = self.parser.dump(config, "json", skip_unset=False, skip_validation=True)
@@ -262,7 +281,7 @@ class Grid:
         return flat | ({("seed_everything",): 0} if flat.get(("seed_everything",)) is True else {})  # as Lightning does
 
     @contextlib.contextmanager
-    def _in_one_line(self, point: tuple[int, ...]) -> Iterator[None]:
+    def _in_one_line(self, point: Point) -> Iterator[None]:
         """Turns the program's refusal into a Mistake; what it prints is not shown."""
         output = io.StringIO()
         try:
@@ -273,58 +292,55 @@ class Grid:
             if isinstance(error, SystemExit):
                 told = output.getvalue().strip() or str(error)
             told = re.sub(r".*?^error: ", "", told, count=1, flags=re.DOTALL | re.MULTILINE)  # a usage comes first
+            if (unknown := re.search(r"unrecognized arguments: --([\w.]+)", told)) and self.parser:
+                parsers = getattr(self.parser._subcommands_action, "choices", {"fit": self.parser})
+                told = f"{unknown[0]}{nearest(unknown[1], (action.dest for action in parsers['fit']._actions))}"
             values = ", ".join(f"{key}={value}" for key, value in self.values(point).items())
             raise Mistake(f"{told} (with {values})") from error
 
 
-def write_configs(
-    answer: Connection, grid: tuple, names: list[str], points: list[tuple[int, ...]], root: Path, settings: dict
-) -> None:
+def write_configs(answer: Connection, checked: tuple, points: list[Point], root: Path, settings: dict) -> None:
     """Checks the config of each point and then writes those that are not there, in a process of its own.
 
     Args:
-        answer: Is sent the text of a Mistake, or whether the program has an option --run_dir.
-        grid: Grid's arguments.
-        names: Names of the runs.
-        points: Their indices on the axes.
+        answer: Is sent the names of the runs and whether the program has an option --run_dir, or a Mistake's text.
+        checked: Grid's arguments.
+        points: The runs.
         root: The sweep's folder.
-        settings: Content of sweep.yaml; empty if the runs are not those of a grid.
+        settings: Content of sweep.yaml; empty if the configs are those of a folder, whose files' names the runs take.
     """
     threading.Thread(target=die_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     try:
-        configs = Grid(*grid)
+        grid = Grid(*checked)
 
-        def missing() -> list[tuple[Path, tuple[int, ...]]]:
+        def look() -> tuple[list[str], list[tuple[Path, Point]]]:
             check_grid(root, settings)
-            seen: dict[int, str] = {}
-            found = []
-            for name, point in zip(names, points):
-                flat, path = configs.config(point), root / "configs" / f"{name}.yaml"
-                if (same := seen.setdefault(hash(str(flat)), name)) != name:
-                    raise Mistake(f"{same} and {name} are the same run")
-                if not is_written(path, flat):
-                    found.append((path, point))
-            return found
-
-        missing()  # nothing is written, and no folder made, before all is checked
-        with lock(root, "sweep"):
-            todo = missing()  # another sweep may have written meanwhile
             if settings:
-                with write_atomically(root / "sweep.yaml") as file:
-                    yaml.dump(settings, file, DUMPER, sort_keys=False)
-            for path, point in todo:
-                if path.exists():
-                    print(f"{path} is damaged and written anew", file=sys.stderr)
-                values = configs.values(point)
-                with write_atomically(path) as file:
-                    file.write(
-                        to_yaml(configs.config(point), values if settings else swept_values(Path(values["config"])))
-                    )
-        answer.send(("run_dir",) in configs.reference)
-    except Mistake as error:
-        answer.send(str(error))
+                names = run_names(root, grid.axes, points)
+            else:
+                names = [Path(grid.values(point)["config"]).stem for point in points]
+            seen: dict[int, str] = {}
+            missing = []
+            for name, point in zip(names, points):
+                config, path = grid.config(point), root / "configs" / f"{name}.yaml"
+                if settings and (same := seen.setdefault(hash(str(config)), name)) != name:
+                    raise Mistake(f"{same} and {name} are the same run")
+                if not is_written(path, config):
+                    missing.append((path, point))
+            return names, missing
+
+        look()  # nothing is written, and no folder made, before all is checked
+        with lock(root, "sweep"):
+            names, missing = look()  # another sweep may have written meanwhile
+            if settings:
+                write(root / "sweep.yaml", yaml.dump(settings, Dumper=DUMPER, sort_keys=False))
+            for path, point in missing:
+                values = grid.values(point)
+                values = values if settings else swept_values(Path(values["config"]))
+                write(path, to_yaml(grid.config(point), values))
+        answer.send((names, ("run_dir",) in grid.reference))
     except Exception as error:
-        answer.send(f"{type(error).__name__}: {error}")
+        answer.send(str(error) if isinstance(error, Mistake) else f"{type(error).__name__}: {error}")
 
 
 def check_grid(root: Path, settings: dict[str, Any]) -> None:
@@ -334,17 +350,15 @@ def check_grid(root: Path, settings: dict[str, Any]) -> None:
         Mistake: If it isn't.
     """
     saved = load(root / "sweep.yaml")
-    if not settings or not isinstance(saved, dict) or not isinstance(saved.get("grid"), dict):
+    if not settings or not isinstance(saved, dict):
         return
-    for what, old, new in (
-        ("program", saved.get("program"), settings["program"]),
-        ("axes", ", ".join(saved["grid"]), ", ".join(settings["grid"])),
-    ):
-        if old != new:
-            raise Mistake(f"{root} has the {what} {old}, now it is {new}: give the sweep another name")
-    for key, old in saved["grid"].items():
-        if any(repr(value) not in map(repr, settings["grid"][key]) for value in old):
-            raise Mistake(f"{root} has {key}: {old}, now it is {settings['grid'][key]}: give the sweep another name")
+    before, now = (
+        {"the program": [all["program"]], "the axes": [*all["grid"]], **all["grid"]} for all in (saved, settings)
+    )
+    for key, old in before.items():
+        new = now[key]
+        if any(repr(value) not in map(repr, new) for value in old) or (key == "the axes" and old != new):
+            raise Mistake(f"{root} has {key}: {old}, now it is {new}: give the sweep another name")
 
 
 def is_written(path: Path, flat: Flat) -> bool:
@@ -373,7 +387,7 @@ def lock(root: Path, name: str, timeout: float = -1) -> Any:
 
 
 def status(root: Path, name: str, metric: str) -> tuple[str, dict[str, Any]]:
-    """How a run stands: finished (with its metrics), failed, interrupted (with a reason), running or pending."""
+    """How a run stands: finished (with its metrics), failed or interrupted (with reason and time), running, pending."""
     run = root / name
     metrics, ended = load(run / "metrics.json"), load(run / "status.json")
     config = root / "configs" / f"{name}.yaml"
@@ -382,9 +396,10 @@ def status(root: Path, name: str, metric: str) -> tuple[str, dict[str, Any]]:
         for file in (config, run / "config.yaml")
     )
     if isinstance(metrics, dict) and asked == done and () not in asked:
-        if isinstance(value := metrics.get(metric), float) and not math.isfinite(value):
-            return "failed", {**(ended or {}), "reason": f"diverged: {metric} is {value}"}
-        return "finished", metrics
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+        if not math.isfinite(numbers.get(metric, 0)):
+            return "failed", {"time": 0, **(ended or {}), "reason": f"diverged: {metric} is {numbers[metric]}"}
+        return "finished", numbers
     if isinstance(ended, dict):
         return ended["status"], ended
     return "running" if run.exists() else "pending", {}
@@ -422,15 +437,13 @@ def train(root: Path, name: str, program: str, takes_run_dir: bool) -> None:
         sys.exit(f"error: program {program} returns no LightningCLI, but {cli!r}")
     trainer = cli.trainer
     if not (run / "config.yaml").exists():
-        with write_atomically(run / "config.yaml") as file:
-            file.write(text)
+        write(run / "config.yaml", text)
     if not (run / "metrics.json").exists():
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         metrics = {key: value.item() for key, value in trainer.callback_metrics.items()}
         metrics |= {"epochs": trainer.current_epoch, "seconds": time.monotonic() - start}
         metrics["best_checkpoint"] = os.path.relpath(best, run) if best else None
-        with write_atomically(run / "metrics.json") as file:
-            json.dump(metrics, file, indent=2)
+        write(run / "metrics.json", json.dumps(metrics, indent=2))
     claim.lock.release()
 
 
@@ -476,15 +489,12 @@ def start_server(program: str) -> None:
     sys.path[:0] = [folder for folder in (os.getcwd(), str(Path(__file__).parent)) if folder not in sys.path]
     if START != "forkserver":
         return
-    before, on_interrupt = dict(os.environ), signal.signal(signal.SIGINT, signal.SIG_IGN)  # so for the runs, at first
-    os.environ |= {"SWEEP_PRELOAD": f"{program.partition(':')[0]} {PRELOAD}", "PYTHONPATH": os.pathsep.join(sys.path)}
-    try:
+    preloads = {"SWEEP_PRELOAD": f"{program.partition(':')[0]} {PRELOAD}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's, and at first the runs'
+    with mock.patch.dict(os.environ, preloads):
         multiprocessing.set_forkserver_preload([Path(__file__).stem])
         multiprocessing.forkserver.ensure_running()
-    finally:
-        signal.signal(signal.SIGINT, on_interrupt)
-        os.environ.clear()
-        os.environ.update(before)
+    signal.signal(signal.SIGINT, on_interrupt)
 
 
 # 3. The sweep -------------------------------------------------------------------------------------------------------
@@ -495,18 +505,18 @@ class Sweep:
 
     Args:
         root: The sweep's folder.
-        names: The runs that are asked for.
         metric: As in sweep, like the others.
         mode: Likewise.
         retry_failed: Likewise.
     """
 
-    def __init__(self, root: Path, names: list[str], metric: str, mode: str, retry_failed: bool) -> None:
+    def __init__(self, root: Path, metric: str, mode: str, retry_failed: bool) -> None:
         from rich.console import Console
 
-        self.root, self.names, self.metric, self.mode, self.retry_failed = root, names, metric, mode, retry_failed
+        self.root, self.metric, self.mode, self.retry_failed = root, metric, mode, retry_failed
+        self.names: list[str] = []  # the runs that are asked for
         self.start = time.time()
-        self.finished: dict[str, dict[str, Any]] = {}  # with their metrics
+        self.finished: dict[str, dict[str, float]] = {}  # with their metrics
         self.failed: dict[str, str] = {}  # those that won't be tried again, with the reason
         self.stops = 0  # how often it was asked to stop
         self.live: Any = None
@@ -524,23 +534,35 @@ class Sweep:
     def is_open(self, name: str) -> bool:
         """Whether there is something to do: a run that failed is tried again, but once in a sweep."""
         stands, details = self.look(name)
-        if stands == "failed" and (details.get("time", 0) > self.start or not self.retry_failed):
+        if stands == "failed" and (details["time"] > self.start or not self.retry_failed):
             self.failed[name] = details["reason"]
         return stands != "finished" and name not in self.failed
 
-    def value(self, name: str) -> float:
-        """The metric of a finished run; NaN if it has none."""
-        value = self.finished[name].get(self.metric)
-        return value if isinstance(value, int | float) else math.nan
-
     def best(self) -> list[str]:
         """Those of the runs that are finished, the best first, those without the metric last."""
-        done = [name for name in self.names if name in self.finished]
         sign = -1 if self.mode == "max" else 1
-        return sorted(done, key=lambda name: (math.isnan(self.value(name)), sign * self.value(name), name))
+        done = [name for name in self.names if name in self.finished]
+        return sorted(done, key=lambda name: (sign * self.finished[name].get(self.metric, sign * math.inf), name))
+
+    def claims(self) -> Iterator[str]:
+        """The runs that there are to do, each under its lock; waits for those that other sweeps do."""
+        while todo := [name for name in self.names if self.is_open(name)]:
+            claimed = 0
+            for name in todo:
+                try:
+                    with lock(self.root, name, timeout=0):
+                        if self.is_open(name):
+                            yield name
+                except Timeout:
+                    claimed += 1
+                if self.stops:
+                    return
+            if claimed == len(todo):
+                self.show(f"{claimed} still run in another sweep")
+                time.sleep(1)
 
     def go(self, max_failures: int, **how: Any) -> int:
-        """Does what there is to do, and waits for what other sweeps do.
+        """Does what there is to do.
 
         Args:
             max_failures: As in sweep.
@@ -556,52 +578,32 @@ class Sweep:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
-        in_a_row, todo = 0, [name for name in self.names if self.is_open(name)]
-        self.before = len(self.best())
         with contextlib.ExitStack() as stack:
             if self.console.is_terminal:
                 self.live = stack.enter_context(Live(console=self.console, transient=True))
             self.record()
-            while todo and not self.stops and in_a_row < max_failures:
-                claimed = 0
-                for name in todo:
-                    if self.stops or in_a_row == max_failures:
-                        break
-                    try:
-                        with lock(self.root, name, timeout=0):
-                            if not self.is_open(name):
-                                continue
-                            self.run(name, how)
-                    except Timeout:
-                        claimed += 1
-                        continue
-                    self.record()
-                    in_a_row = in_a_row + 1 if name in self.failed else 0
-                todo = [name for name in self.names if self.is_open(name)]
-                if todo and claimed == len(todo):
-                    self.show(f"{claimed} still run in another sweep")
-                    time.sleep(1)
+            self.before, in_a_row = len(self.best()), 0
+            for name in self.claims():
+                self.run(name, how)
+                self.record()
+                in_a_row = in_a_row + 1 if name in self.failed else 0
+                if in_a_row == max_failures:
+                    break
         self.record()
         self.print_table(self.best())
         for name, reason in self.failed.items():
             self.say(f"failed: {name}: {reason} (see {self.root / name / 'output.log'})")
-        took = duration(time.time() - self.start)
-        self.say(
-            f"{len(self.best())} of {len(self.names)} runs are finished, after {took}: {self.root / 'results.csv'}"
-        )
+        done, took = f"{len(self.best())} of {len(self.names)} runs are finished", duration(time.time() - self.start)
+        self.say(f"{done}, after {took}: {self.root / 'results.csv'}")
         if in_a_row == max_failures:
             raise Mistake(f"stopped, since {in_a_row} runs failed in a row: is it the same fault?")
         return 130 if self.stops else 1 if self.failed else 0
 
     def run(self, name: str, how: dict[str, Any]) -> None:
         """Runs one, waits for its end, and notes how it failed."""
-        folder = self.root / name
-        log = folder / "output.log"
-        if (folder / "metrics.json").exists() and self.look(name)[0] == "running":
-            self.say(f"{name} starts over, since its metrics.json or config.yaml is not what it was")
+        log, told = self.root / name / "output.log", False
         process = CONTEXT.Process(target=train, kwargs={"root": self.root, "name": name, **how})
         process.start()
-        told = False
         while not wait([process.sentinel], timeout=0.25):
             self.show(f"{name}  {last_line(log) or 'begins'}")
             with contextlib.suppress(ProcessLookupError):
@@ -621,8 +623,7 @@ class Sweep:
         elif process.exitcode == 0 and stands != "failed":
             reason = "it left no metrics.json, or another config.yaml than it was given"
         outcome = {"status": "interrupted" if self.stops else "failed", "reason": reason, "time": time.time()}
-        with write_atomically(folder / "status.json") as file:
-            json.dump(outcome, file)
+        write(self.root / name / "status.json", json.dumps(outcome))
         if not self.stops:
             self.failed[name] = reason
         self.say(f"{name} {outcome['status']}: {reason} (see {log})")
@@ -637,21 +638,20 @@ class Sweep:
         Raises:
             Mistake: If the finished runs don't have the metric.
         """
-        rows = []
+        rows, table = [], io.StringIO()
         with lock(self.root, "sweep"):
             for path in sorted((self.root / "configs").glob("*.yaml")):
                 stands, details = self.look(path.stem)
-                numbers = {key: value for key, value in details.items() if isinstance(value, int | float)}
-                rows.append({"name": path.stem, "status": stands, **swept_values(path.absolute()), **numbers})
-            last = dict.fromkeys(["epochs", "seconds"])  # behind whatever metrics there are
-            columns = dict.fromkeys(key for row in rows for key in row if key not in last)
-            with write_atomically(self.root / "results.csv") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow([*columns, *last])
-                writer.writerows([to_cell(row.get(key)) for key in (*columns, *last)] for row in rows)
+                metrics = details if stands == "finished" else {}
+                rows.append({"name": path.stem, "status": stands, **swept_values(path.absolute()), **metrics})
+            last = {"epochs", "seconds"}  # behind whatever metrics there are
+            columns = dict.fromkeys([*(key for row in rows for key in row if key not in last), *sorted(last)])
+            writer = csv.writer(table, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows([to_cell(row.get(key)) for key in columns] for row in rows)
+            write(self.root / "results.csv", table.getvalue())
         for name in self.best()[:1]:
-            if math.isnan(self.value(name)):
-                known = [key for key, value in self.finished[name].items() if isinstance(value, int | float)]
+            if self.metric not in (known := self.finished[name]):
                 near = nearest(self.metric, known) or f"; there are {', '.join(known)}"
                 raise Mistake(f"{name} reports no metric {self.metric}{near}")
 
@@ -662,9 +662,10 @@ class Sweep:
         parts = [f"[{done:{len(str(total))}}/{total}]"]
         if name:
             metrics = self.finished[name]
-            parts.append(f"{name}  {self.metric} {self.value(name):.4f}  {metrics.get('seconds', 0):.0f} s")
+            value = metrics.get(self.metric, math.nan)
+            parts.append(f"{name}  {self.metric} {value:.4f}  {metrics.get('seconds', 0):.0f} s")
         if best and not (name and self.live):  # the display has the rest
-            parts.append(f"best {self.value(best[0]):.4f} ({number(best[0])})")
+            parts.append(f"best {self.finished[best[0]].get(self.metric, math.nan):.4f} ({number(best[0])})")
             if self.before < len(best) and done < total:
                 left = (time.time() - self.start) / (len(best) - self.before) * (total - done)
                 parts.append(f"{duration(left)} left")
@@ -674,15 +675,12 @@ class Sweep:
         """Draws the live display, where there is a terminal."""
         if not self.live:
             return
+        from rich.console import Group
         from rich.progress_bar import ProgressBar
-        from rich.table import Table
         from rich.text import Text
 
-        display = Table.grid()
-        display.add_row(ProgressBar(len(self.names), len(self.best()) + len(self.failed)))
-        for line in (self.progress(), now):
-            display.add_row(Text(line, no_wrap=True, overflow="ellipsis"))
-        self.live.update(display)
+        bar = ProgressBar(len(self.names), len(self.best()) + len(self.failed))
+        self.live.update(Group(bar, *(Text(t, no_wrap=True, overflow="ellipsis") for t in (self.progress(), now))))
 
     def say(self, line: str) -> None:
         """Prints a line that stays."""
@@ -698,14 +696,13 @@ class Sweep:
 
         swept = {name: swept_values((self.root / "configs" / f"{name}.yaml").absolute()) for name in names[:rows]}
         axes = short_names(dict.fromkeys(key for values in swept.values() for key in values))
-        ended = {name: self.look(name)[1] for name in swept}
-        metrics = {key: 0 for details in ended.values() for key in details if isinstance(details[key], int | float)}
+        metrics = dict.fromkeys(key for name in swept for key in self.finished.get(name, ()))
         table = Table("run", *axes.values(), *metrics, box=None, pad_edge=False)
         for name, values in swept.items():
-            cells = [value_names(key, [values[key]])[0] if key in values else "" for key in axes]
-            numbers = [
-                f"{ended[name].get(key, math.nan):.{0 if key in ('epochs', 'seconds') else 4}f}" for key in metrics
-            ]
+            ended = self.finished.get(name, {})
+            cells = [label(key, values[key]) if key in values else "" for key in axes]
+            digits = {"epochs": 0, "seconds": 0}
+            numbers = [f"{ended[key]:.{digits.get(key, 4)}f}" if key in ended else "" for key in metrics]
             table.add_row(number(name), *cells, *numbers)
         self.console.print(table)
         if len(names) > rows:
@@ -723,9 +720,8 @@ def to_cell(value: Any) -> Any:
 
 
 def duration(seconds: float) -> str:
-    """A time for people."""
-    unit, name = (1, "s") if seconds < 100 else (60, "min") if seconds < 6000 else (3600, "h")
-    return f"{seconds / unit:.{int(unit == 3600)}f} {name}"
+    """Hours, minutes and seconds."""
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -770,8 +766,11 @@ def sweep(
     Raises:
         Mistake: If something has to be changed first.
     """
-    base = [base] if isinstance(base, str) else base
+    base = files(base)
     fixed, grid = ({".".join(path): value for path, value in flatten(some) if path} for some in (fixed, grid))
+    root = Path("logs/sweeps", name or Path(run_dir or "sweep").resolve().name)
+    if name is not None and not re.fullmatch(r"\w[\w.+=@ -]*", name):
+        raise Mistake(f"name: {name!r} can't be the name of a folder")
     if run_dir:
         if base or grid:
             raise Mistake("run_dir takes the place of base and grid")
@@ -782,6 +781,8 @@ def sweep(
         for stem in stems:
             if stems.count(stem) > 1 or stem in ("configs", "results.csv"):
                 raise Mistake(f"{run_dir} has a config file {stem}, which can't be the name of its run")
+        if not name and Path(run_dir).name == "configs" and Path(run_dir, "../.locks").exists():
+            root = Path(run_dir).parent  # these are the configs of a sweep
     if not grid:
         raise Mistake("the grid is empty: give --config, --grid or --run_dir")
     for key, values in grid.items():
@@ -792,28 +793,20 @@ def sweep(
             if given.count(value) > 1:
                 raise Mistake(f"grid: {key} has {value} twice")
         for value in values if key == "config" else ():
-            if not all(isinstance(file, str | None) for file in (value if isinstance(value, list) else [value])):
+            if not isinstance(value, str | list | None) or not all(isinstance(file, str) for file in files(value)):
                 raise Mistake(f"grid: a value of config is a file, a list of files, or null, not {json.dumps(value)}")
         if key in fixed:
             raise Mistake(f"{key} is both in grid and in fixed")
-    if name is not None and not re.fullmatch(r"\w[\w.+=@ -]*", name):
-        raise Mistake(f"name: {name!r} can't be the name of a folder")
-    of_a_sweep = run_dir and not name and Path(run_dir).name == "configs" and (Path(run_dir).parent / ".locks").exists()
-    root = Path("logs/sweeps", name or Path(run_dir or "sweep").resolve().name)
-    if of_a_sweep:
-        root = Path(run_dir or "").parent
-    points = list(itertools.islice(itertools.product(*(range(len(values)) for values in grid.values())), limit))
-    names = [Path(file).stem for file in grid["config"]] if run_dir else run_names(root, grid, points)
     settings = {"base": base, "grid": grid, "fixed": fixed, "name": name, "metric": metric, "mode": mode}
     settings["program"] = program
-
+    points = list(itertools.islice(itertools.product(*(range(len(values)) for values in grid.values())), limit))
     before = ["fit", *to_arguments("config", base)]
     after = [argument for item in fixed.items() for argument in to_arguments(*item)]
-    runs = Sweep(root, sorted(names[: len(points)]), metric, mode, retry_failed)
+    runs = Sweep(root, metric, mode, retry_failed)
     with runs.console.status(f"importing {program} and checking {len(points)} configs"):
         start_server(program)
         receiver, sender = multiprocessing.Pipe(duplex=False)
-        work = (sender, (program, before, after, grid), names, points, root, {} if run_dir else settings)
+        work = (sender, (program, before, after, grid), points, root, {} if run_dir else settings)
         checker = CONTEXT.Process(target=write_configs, args=work, daemon=True)
         checker.start()
         sender.close()
@@ -824,27 +817,26 @@ def sweep(
         checker.join()
     if isinstance(answer, str):
         raise Mistake(answer)
+    names, takes_run_dir = answer
+    runs.names = sorted(names)
     if dry_run:
         runs.print_table(runs.names, rows=100)
         runs.say(f"{len(points)} runs: {root / 'configs'}")
         return 0
-    return runs.go(max_failures, program=program, takes_run_dir=answer)
+    return runs.go(max_failures, program=program, takes_run_dir=takes_run_dir)
 
 
 def main(args: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = sys.argv[1:] if args is None else args
-    flags = [
-        arg in ("--dry_run", "--retry_failed") and next not in ("true", "false")
-        for arg, next in zip(args, [*args[1:], ""])
-    ]
-    args = [f"{arg}=true" if flag else arg for arg, flag in zip(args, flags)]
+    flags = {"--dry_run", "--retry_failed"}
+    following = [*args[1:], ""]
+    args = [f"{a}=true" if a in flags and b not in ("true", "false") else a for a, b in zip(args, following)]
     default = Path(__file__).parent / "configs/sweep.yaml"
     if default.exists() and not any(arg.startswith(("--config", "--run_dir")) for arg in args):
         args = [f"--config={default}", *args]
-    parser = ArgumentParser(
-        exit_on_error=False, allow_abbrev=False, description=(sweep.__doc__ or "").partition("\n")[0]
-    )
+    about = (sweep.__doc__ or "").partition("\n")[0]
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=about)
     parser.add_argument(
         "--config", action="config", help="A YAML file with these settings; configs/sweep.yaml if none."
     )
@@ -853,28 +845,18 @@ def main(args: list[str] | None = None) -> int:
         settings = parser.parse_args(args).as_dict()
         settings.pop("config")
         return sweep(**settings)
-    except ArgumentError as error:
-        message = explain(str(error))
     except (Mistake, OSError) as error:
         message = str(error)
+    except ArgumentError as error:
+        message = str(error)
+        if unknown := re.search(r"(?:Option '|unrecognized arguments: --)(\w+)", message):
+            message = f"unknown setting {unknown[1]}{nearest(unknown[1], inspect.signature(sweep).parameters)}"
     except KeyboardInterrupt:
         return 130
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the exit status stays what it is
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 1
-
-
-def explain(message: str) -> str:
-    """What jsonargparse says, in a line."""
-    settings = inspect.signature(sweep).parameters
-    if missing := re.search("File does not exist: (.*)", message):
-        return f"there is no config file {missing[1]}"
-    if unknown := re.search(r"(?:Option '|unrecognized arguments: (?:--)?)(\w+)", message):
-        return f"unknown setting {unknown[1]}{nearest(unknown[1], settings)}"
-    key, value = re.search(r'key "(\w+)', message), re.search(r"(?:Got|Given) value: (.*)", message)
-    if key and value and key[1] in settings:
-        kind = re.sub(r"<class '(\w+)'>|(?:jsonargparse\.)?typing\.", r"\1", str(settings[key[1]].annotation))
-        return f"{key[1]}: expected {kind}, got {value[1]}"
-    return message
 
 
 if "SWEEP_PRELOAD" in os.environ:

@@ -35,14 +35,13 @@ def measure(count: int) -> None:
     root = Path("logs/sweeps/many")
     points = list(itertools.product(*(range(len(values)) for values in axes.values())))
     assert len(points) == count
-    names = sweep.run_names(root, axes, points)
     base = ["fit", f"--config={REPO / 'configs/base.yaml'}"]
     receiver, sender = multiprocessing.Pipe(duplex=False)
     sweep.import_program("main:main")
     start = time.monotonic()
-    sweep.write_configs(sender, ("main:main", base, [], axes), names, points, root, {"grid": axes})
+    sweep.write_configs(sender, ("main:main", base, [], axes), points, root, {"grid": axes})
     seconds = time.monotonic() - start
-    assert receiver.recv() is True
+    assert len(receiver.recv()[0]) == count
     assert len(os.listdir(root / "configs")) == count
     grid = sweep.Grid("main:main", base, [], axes)
     start = time.monotonic()

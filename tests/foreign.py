@@ -26,6 +26,9 @@ class Line(LightningModule):
                 raise SystemExit("error: this fault was asked for")
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "deaf":
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                time.sleep(600)
             case "wait":
                 time.sleep(600)
             case "fill":

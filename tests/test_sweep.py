@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -191,13 +192,20 @@ def test_keys_get_their_last_words_for_a_name():
 
 
 def test_values_get_short_names_that_tell_them_apart():
-    values = [4, 0.1, True, None, "a b/c", "torch.optim.Adam", {"class_path": "x.Adam"}, [1, 2], "\u00e9\u00e8"]
-    names = sweep.value_names("key", values)
-    assert names[:6] == ["4", "0.1", "true", "null", "a-b-c", "Adam"]
-    assert names[6].startswith("Adam~") and names[7] == "1-2"
-    assert len(set(names)) == len(values) and all(name.isascii() for name in names)
-    assert sweep.value_names("key", values[:3]) == names[:3]
-    assert sweep.value_names("config", [None, "a/b.yaml", ["c/d.yaml", "e.yaml"]]) == ["null", "b", "d+e"]
+    values = [4, 0.1, True, None, "a b/c", "torch.optim.Adam", [1, 2]]
+    labels = ["4", "0.1", "true", "null", "a-b-c", "Adam", "1-2"]
+    assert [sweep.label("key", value) for value in values] == labels
+    assert sweep.label("key", {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.1}}) == "Adam"
+    assert [sweep.label("config", value) for value in (None, "a/b.yaml", ["c/d.yaml", "e.v2.yaml"])] == [
+        "null",
+        "b",
+        "d+e.v2",
+    ]
+    alike = [{"class_path": "x.Adam"}, {"class_path": "y.Adam"}, "1", 1, "\u00e9", "\u00e8", "x" * 300]
+    names = sweep.run_names(Path(), {"model.key": alike}, [(index,) for index in range(len(alike))])
+    assert [name[:8] for name in names] == [f"00{index}-key=" for index in range(len(alike))]
+    assert len({name[4:] for name in names}) == len(alike)
+    assert all(name.isascii() and len(name) < 200 for name in names)
 
 
 AXES = {
@@ -229,7 +237,8 @@ def test_each_value_of_an_independent_axis_is_parsed_once(folder, monkeypatch):
     made = sweep.Grid("main:main", ["fit", *BASE], [], AXES["independent"])
     for point in itertools.product(range(2), range(3), range(2)):
         made.config(point)
-    assert parsed == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 2, 0), (0, 0, 1), (1, 2, 1)]
+    assert parsed[:6] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 2, 0), (0, 0, 1), (1, 2, 1)]
+    assert len(parsed) == 9  # three more points, for a comparison
 
 
 def test_whole_numbers_stay_whole(folder):
@@ -285,14 +294,14 @@ def test_an_extended_grid_goes_on_with_its_numbers(folder, capfd):
         ),
         (
             {"grid": {**GRID, "data.batch_size": [32, 64]}},
-            "nesterov, now it is model.net.l1_chan, model.optimizer.nesterov, data.batch_size",
+            "nesterov'], now it is ['model.net.l1_chan', 'model.optimizer.nesterov', 'data.batch_size']",
         ),
         (
             {"grid": {k: v for k, v in GRID.items() if "nest" in k}},
-            "the axes model.net.l1_chan, model.optimizer.nesterov, now it is model.optimizer.nesterov",
+            "the axes: ['model.net.l1_chan', 'model.optimizer.nesterov'], now it is ['model.optimizer.nesterov']",
         ),
-        ({"grid": dict(reversed(GRID.items()))}, "now it is model.optimizer.nesterov, model.net.l1_chan"),
-        ({"program": "other:main"}, "the program main:main, now it is other:main"),
+        ({"grid": dict(reversed(GRID.items()))}, "now it is ['model.optimizer.nesterov', 'model.net.l1_chan']"),
+        ({"program": "other:main"}, "the program: ['main:main'], now it is ['other:main']"),
         ({"fixed": {**QUIET, "trainer.max_epochs": 5}}, "trainer.max_epochs: 2, now it is 5"),
         ({"base": [str(REPO / "configs/base.yaml"), "over.yaml"]}, "seed_everything: 138, now it is 7"),
     ],
@@ -318,6 +327,14 @@ MISTAKES = {
         [grid(model__optimizer__lrr=[0.1])],
         "unknown key model.optimizer.lrr (did you mean lr?) (with model.optimizer.lrr=0.1)",
     ),
+    "unknown key of another program": (
+        [*LOSS, "--base=[]", "--fixed={}", grid(data__batch_sise=[16])],
+        "unrecognized arguments: --data.batch_sise (did you mean data.batch_size?) (with data.batch_sise=16)",
+    ),
+    "unknown fixed key of another program": (
+        [*LOSS, "--base=[]", '--fixed={"model.basi": true}', grid(model__lr=[0.1])],
+        "unrecognized arguments: --model.basi (did you mean model.bias?) (with model.lr=0.1)",
+    ),
     "wrong value": ([grid(model__optimizer__lr=[0.1, "high"])], "model.optimizer.lr: expected float, got 'high'"),
     "in both": ([grid(trainer__max_epochs=[1, 2])], "trainer.max_epochs is both in grid and in fixed"),
     "no overlay": ([grid(config=["nix.yaml"])], "nix.yaml' (with "),
@@ -333,10 +350,10 @@ MISTAKES = {
     ),
     "path": (["--name=../x"], "can't be the name of a folder"),
     "no name": (["--name="], "can't be the name of a folder"),
-    "no configs": (["--config=nix.yaml"], "there is no config file"),
+    "no configs": (["--config=nix.yaml"], "File does not exist: "),
     "setting": (["--nmae=x"], "unknown setting nmae (did you mean name?)"),
-    "limit": (["--limit=0"], "limit: expected PositiveInt | None, got 0"),
-    "mode": (["--mode=best"], "mode: expected Literal['max', 'min'], got best"),
+    "limit": (["--limit=0"], 'key "limit"'),
+    "mode": (["--mode=best"], "Expected a typing.Literal['max', 'min']. Got value: best"),
 }
 
 
@@ -526,14 +543,15 @@ def test_ctrl_c_ends_the_current_run_cleanly_and_the_same_command_goes_on(foreig
 
 
 def test_ctrl_c_twice_ends_it_at_once(foreign):
-    process = start(*LOSS, "--name=tiny", "--base=[]", grid(model__fault=["wait", "x"]))
+    process = start(*LOSS, "--name=tiny", "--base=[]", grid(model__fault=["deaf", "x"]))
     wait_for(lambda: os.path.exists("trained.txt"))
-    log = Path("logs/sweeps/tiny/000-fault=wait/output.log")
     os.kill(process.pid, signal.SIGINT)
-    time.sleep(0.1)
+    assert "Ctrl-C once more" in process.stdout.readline()
+    time.sleep(1)
+    assert process.poll() is None  # the run doesn't hear it
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=30)
-    assert process.returncode == 130 and log.exists()
+    assert process.returncode == 130
     assert [row["status"] for row in rows()] == ["interrupted", "pending"]
 
 
@@ -589,7 +607,8 @@ def test_two_sweeps_share_the_work(foreign):
     assert (one.returncode, other.returncode) == (0, 0)
     assert [row["status"] for row in rows()] == ["finished"] * 4
     assert len(Path("trained.txt").read_text().splitlines()) == 4
-    assert all(sum(line.startswith("[") for line in one.splitlines()) for one in printed)  # both had their share
+    shares = [re.findall(r"^\[.*?\] +(\d+)-", one, flags=re.MULTILINE) for one in printed]
+    assert all(shares) and sorted(shares[0] + shares[1]) == ["000", "001", "002", "003"]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="/proc is Linux's")
