@@ -675,12 +675,15 @@ class Sweep:
         """Draws the live display, where there is a terminal."""
         if not self.live:
             return
-        from rich.console import Group
         from rich.progress_bar import ProgressBar
+        from rich.table import Table
         from rich.text import Text
 
-        bar = ProgressBar(len(self.names), len(self.best()) + len(self.failed))
-        self.live.update(Group(bar, *(Text(t, no_wrap=True, overflow="ellipsis") for t in (self.progress(), now))))
+        display = Table.grid()
+        display.add_row(ProgressBar(len(self.names), len(self.best()) + len(self.failed)))
+        for line in (self.progress(), now):
+            display.add_row(Text(line, no_wrap=True, overflow="ellipsis"))
+        self.live.update(display)
 
     def say(self, line: str) -> None:
         """Prints a line that stays."""

@@ -600,6 +600,29 @@ def test_kills_at_random_moments_change_no_result(tiny, folder):
     assert less_times(Path("logs/sweeps/tiny/results.csv")) == less_times(tiny[0] / "logs/sweeps/tiny/results.csv")
 
 
+def test_a_terminal_shows_the_whole_sweep_while_it_runs(foreign):
+    pty = pytest.importorskip("pty")
+    terminal, theirs = pty.openpty()
+    args = [*LOSS, "--name=tiny", "--base=[]", grid(model__fault=[None, "exit", "pause"])]
+    size = {"COLUMNS": "90", "LINES": "30", "TERM": "xterm-256color"}
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / "sweep.py"), *args], stdout=theirs, stderr=theirs, env=os.environ | size
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # that is how a terminal's end is told
+        while part := os.read(terminal, 10_000):
+            shown += part
+    os.close(terminal)
+    assert process.wait() == 1
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r", "").splitlines()
+    lines = [line.strip() for line in lines]
+    assert "\u2501" in shown.decode()  # the bar
+    assert any(re.fullmatch(r"\[2/3\]  best 0\.\d{4} \(000\)  0:00:\d\d left  1 failed", line) for line in lines)
+    assert any(line.startswith("002-fault=pause  ") for line in lines)  # with the last line of its log
+    assert lines[-1].startswith("2 of 3 runs are finished")
+
+
 def test_two_sweeps_share_the_work(foreign):
     args = [*LOSS, "--name=tiny", "--base=[]", "--fixed.model.fault=pause", grid(model__lr=[0.1, 0.2, 0.3, 0.4])]
     one, other = start(*args), start(*args)
