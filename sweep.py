@@ -309,7 +309,7 @@ def write_configs(answer: Connection, checked: tuple, points: list[Point], root:
         root: The sweep's folder.
         settings: Content of sweep.yaml; empty if the configs are those of a folder, whose files' names the runs take.
     """
-    threading.Thread(target=die_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    die_with_sweep()
     try:
         grid = Grid(*checked)
 
@@ -422,7 +422,7 @@ def train(root: Path, name: str, program: str, takes_run_dir: bool) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # Ctrl-C is for the sweep, which passes it on
-    threading.Thread(target=die_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    die_with_sweep()
     os.environ |= {"WANDB_RUN_GROUP": root.name, "WANDB_NAME": name}  # before W&B reads them
     text = config.read_text(encoding="utf-8")
     if "WandbLogger" in text:
@@ -447,10 +447,15 @@ def train(root: Path, name: str, program: str, takes_run_dir: bool) -> None:
     claim.lock.release()
 
 
-def die_with(parent: Any) -> None:
-    """Ends this process as soon as the sweep's is no more."""
-    parent.join()
-    kill(os.getpid())
+def die_with_sweep() -> None:
+    """Sees to it that this process ends as soon as the sweep's is no more."""
+
+    def watch(sweep: Any) -> None:
+        sweep.join()
+        kill(os.getpid())
+
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=watch, args=(parent,), daemon=True).start()
 
 
 def kill(pid: int) -> None:
@@ -694,20 +699,21 @@ class Sweep:
                 print(line, flush=True)
 
     def print_table(self, names: list[str], rows: int = 20) -> None:
-        """Prints runs as W&B's run table does: what was swept, how it ended."""
-        from rich.table import Table
-
+        """Prints runs as W&B's run table does: what was swept, how it ended; as many columns as there is room for."""
         swept = {name: swept_values((self.root / "configs" / f"{name}.yaml").absolute()) for name in names[:rows]}
         axes = short_names(dict.fromkeys(key for values in swept.values() for key in values))
-        metrics = dict.fromkeys(key for name in swept for key in self.finished.get(name, ()))
-        table = Table("run", *axes.values(), *metrics, box=None, pad_edge=False)
+        ended = {name: self.finished.get(name, {}) for name in swept}
+        metrics = dict.fromkeys(key for key in (self.metric, *itertools.chain(*ended.values())) if any(ended.values()))
+        table = [["run", *axes.values(), *metrics]]
         for name, values in swept.items():
-            ended = self.finished.get(name, {})
             cells = [label(key, values[key]) if key in values else "" for key in axes]
             digits = {"epochs": 0, "seconds": 0}
-            numbers = [f"{ended[key]:.{digits.get(key, 4)}f}" if key in ended else "" for key in metrics]
-            table.add_row(number(name), *cells, *numbers)
-        self.console.print(table)
+            numbers = [f"{ended[name][key]:.{digits.get(key, 4)}f}" if key in ended[name] else "" for key in metrics]
+            table.append([number(name), *cells, *numbers])
+        widths = [max(map(len, column)) for column in zip(*table)]
+        fit = sum(end <= self.console.width + 2 for end in itertools.accumulate(width + 2 for width in widths))
+        for row in table:
+            self.say("  ".join(cell.ljust(width) for cell, width in zip(row[:fit], widths)).rstrip())
         if len(names) > rows:
             self.say(f"and {len(names) - rows} more")
 
