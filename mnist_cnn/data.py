@@ -255,6 +255,7 @@ def verify(dataset: type[datasets.MNIST], data_dir: str) -> None:
 
     def verify_one(name: str, md5: str) -> None:
         archive, unpacked = raw / name, (raw / name).with_suffix("")
+        is_unpacked = threads.submit(_is_content_of, unpacked, archive)
         if archive.exists() and not check_integrity(archive, md5):
             raise MisconfigurationException(
                 f"{archive} is damaged (its MD5 is not {md5}): delete it to download it anew, or restore it with git"
@@ -262,7 +263,7 @@ def verify(dataset: type[datasets.MNIST], data_dir: str) -> None:
         if not archive.exists():
             _download(dataset, raw, name, md5)
         try:
-            if not unpacked.exists() or not _is_content_of(unpacked, archive):
+            if not is_unpacked.result():
                 unpacked.unlink(missing_ok=True)  # an interrupted unpack
                 extract_archive(str(archive), str(raw))
         except OSError as error:
@@ -271,7 +272,7 @@ def verify(dataset: type[datasets.MNIST], data_dir: str) -> None:
                 " copy as data_dir"
             ) from error
 
-    with ThreadPoolExecutor() as threads:  # checksums release the interpreter's lock
+    with ThreadPoolExecutor(2 * len(dataset.resources)) as threads:  # checksums release the interpreter's lock
         list(threads.map(verify_one, *zip(*dataset.resources)))
 
 
@@ -289,7 +290,7 @@ def _download(dataset: type[datasets.MNIST], raw: Path, name: str, md5: str) -> 
 
 def _is_content_of(unpacked: Path, archive: Path) -> bool:
     """Whether the file has the CRC-32 and the length that end the gzip archive (RFC 1952, 2.3.1)."""
-    size = unpacked.stat().st_size
-    content = np.fromfile(unpacked, np.uint8).data
-    trailer = zlib.crc32(content).to_bytes(4, "little") + size.to_bytes(4, "little")
+    if not (archive.exists() and unpacked.exists() and (size := unpacked.stat().st_size)):
+        return False
+    trailer = zlib.crc32(np.memmap(unpacked, mode="r").data).to_bytes(4, "little") + size.to_bytes(4, "little")
     return archive.read_bytes()[-8:] == trailer
