@@ -1,5 +1,7 @@
 """The command line: `python main.py {fit,validate,test,predict} --config configs/base.yaml [--key=value ...]`."""
 
+from pathlib import Path
+
 from lightning.pytorch.cli import ArgsType
 
 import mnist_cnn  # noqa: F401  its classes are known by their short names in YAML
@@ -16,6 +18,13 @@ def main(args: ArgsType = None) -> ExperimentCLI:
         The CLI object, with config, model, datamodule and trainer.
     """
     return ExperimentCLI(args)
+
+
+def preload() -> None:
+    """Prepares the process from which sweep.py forks its runs."""
+    from mnist_cnn.preload import fill_caches
+
+    fill_caches(main, str(Path(__file__).parent / "configs/base.yaml"))
 
 
 if __name__ == "__main__":

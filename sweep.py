@@ -6,7 +6,8 @@
 
 All state lies in logs/sweeps/NAME, so the same command goes on where the last one was stopped, and a second one shares
 the work. A run is finished when its metrics.json is there and its config.yaml is the one asked for. The program is a
-function main(args) that returns its LightningCLI; if it has an option --run_dir, a run's folder is given by it.
+function main(args) that returns its LightningCLI; if it has an option --run_dir, a run's folder is given by it. If its
+module has a function preload(), that is called once, before the processes of the runs are forked.
 """
 
 import contextlib
@@ -49,10 +50,6 @@ from jsonargparse.typing import PositiveInt
 
 START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 CONTEXT: Any = multiprocessing.get_context(START)
-# What a run imports late, as far as it is installed: for its loggers and pictures, and for the command line.
-PRELOAD = """torch.utils.tensorboard tensorboard.plugins.hparams wandb.sdk.launch.inputs.internal pandas omegaconf
-    PIL.GifImagePlugin PIL.JpegImagePlugin PIL.PpmImagePlugin attrs fsspec.implementations.chained
-    torch.utils.serialization multiprocessing.synchronize encodings.hex_codec"""
 PLACES = {("run_dir",), ("ckpt_path",), ("trainer", "default_root_dir")}  # what a program may save as it was run
 LOADER, DUMPER = getattr(yaml, "CSafeLoader", yaml.SafeLoader), getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 Flat = dict[tuple[str, ...], Any]  # a config: path of keys -> value
@@ -390,16 +387,16 @@ def status(root: Path, name: str, metric: str) -> tuple[str, dict[str, Any]]:
     """How a run stands: finished (with its metrics), failed or interrupted (with reason and time), running, pending."""
     run = root / name
     metrics, ended = load(run / "metrics.json"), load(run / "status.json")
-    config = root / "configs" / f"{name}.yaml"
-    asked, done = (
-        {path: value for path, value in exact(load(file)).items() if path not in PLACES}
-        for file in (config, run / "config.yaml")
-    )
-    if isinstance(metrics, dict) and asked == done and () not in asked:
-        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        if not math.isfinite(numbers.get(metric, 0)):
-            return "failed", {"time": 0, **(ended or {}), "reason": f"diverged: {metric} is {numbers[metric]}"}
-        return "finished", numbers
+    if isinstance(metrics, dict):
+        asked, done = (
+            {path: value for path, value in exact(load(file)).items() if path not in PLACES}
+            for file in (root / "configs" / f"{name}.yaml", run / "config.yaml")
+        )
+        if asked == done and () not in asked:
+            numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+            if not math.isfinite(numbers.get(metric, 0)):
+                return "failed", {"time": 0, **(ended or {}), "reason": f"diverged: {metric} is {numbers[metric]}"}
+            return "finished", numbers
     if isinstance(ended, dict):
         return ended["status"], ended
     return "running" if run.exists() else "pending", {}
@@ -483,9 +480,9 @@ def last_line(log: Path, wanted: str = "") -> str:
 
 def preload() -> None:
     """In the server from which the runs are forked: imports what they need; what fails is told where it is needed."""
-    for module in os.environ.pop("SWEEP_PRELOAD").split():
-        with contextlib.suppress(Exception, SystemExit):
-            importlib.import_module(module)
+    with contextlib.suppress(Exception, SystemExit):
+        module = importlib.import_module(os.environ.pop("SWEEP_PRELOAD"))
+        getattr(module, "preload", lambda: None)()
     gc.freeze()  # garbage collection in the runs need not look at it
 
 
@@ -494,7 +491,7 @@ def start_server(program: str) -> None:
     sys.path[:0] = [folder for folder in (os.getcwd(), str(Path(__file__).parent)) if folder not in sys.path]
     if START != "forkserver":
         return
-    preloads = {"SWEEP_PRELOAD": f"{program.partition(':')[0]} {PRELOAD}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    preloads = {"SWEEP_PRELOAD": program.partition(":")[0], "PYTHONPATH": os.pathsep.join(sys.path)}
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's, and at first the runs'
     with mock.patch.dict(os.environ, preloads):
         multiprocessing.set_forkserver_preload([Path(__file__).stem])

@@ -78,11 +78,16 @@ def log_histograms(trainer: Trainer, values: dict[str, Tensor], bins: int) -> No
             logger.log_metrics(pictures, trainer.global_step)
 
 
-def log_figure(trainer: Trainer, tag: str, figure: Figure) -> None:
-    """Logs a Matplotlib figure as a picture to each TensorBoardLogger and WandbLogger."""
+def to_picture(figure: Figure) -> np.ndarray:
+    """Draws a Matplotlib figure: uint8 [H, W, 3]."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    picture = np.asarray(canvas.buffer_rgba())[..., :3]  # [H, W, 3]
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def log_figure(trainer: Trainer, tag: str, figure: Figure) -> None:
+    """Logs a Matplotlib figure as a picture to each TensorBoardLogger and WandbLogger."""
+    picture = to_picture(figure)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(tag, picture, trainer.global_step, dataformats="HWC")
