@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mnist_cnn.callbacks import draw_confusion_matrix
 from mnist_cnn.loggers import to_picture
 
-# What a run imports late: its loggers, its pictures, its parser.
-LATE = """torch.utils.tensorboard tensorboard.plugins.hparams wandb.sdk.launch.inputs.internal pandas omegaconf
-    PIL.GifImagePlugin PIL.JpegImagePlugin PIL.PpmImagePlugin attrs fsspec.implementations.chained
-    torch.utils.serialization multiprocessing.synchronize encodings.hex_codec"""
+# What a run imports late: Lightning and torch do for their loggers, W&B and jsonargparse for what they support.
+LATE = """torch.utils.tensorboard tensorboard.plugins.hparams.api_pb2 tensorboard.plugins.hparams.metadata
+    wandb.sdk.launch.inputs.internal pandas omegaconf fsspec.implementations.chained torch.utils.serialization"""
 
 
 def fill_caches(main: Callable[[list[str]], Any], config: str) -> None:
@@ -29,6 +29,7 @@ def fill_caches(main: Callable[[list[str]], Any], config: str) -> None:
     for module in LATE.split():
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
+    Image.preinit()  # PIL's file formats
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         main(["fit", f"--config={config}", "--print_config"])
     to_picture(draw_confusion_matrix(np.eye(2, dtype=int), ["0", "1"]))

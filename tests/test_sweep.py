@@ -635,9 +635,11 @@ def test_two_sweeps_share_the_work(foreign):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="/proc is Linux's")
-def test_the_server_has_one_thread_and_no_device(foreign):
-    process = start(*LOSS, "--name=tiny", "--base=[]", grid(model__fault=["wait"]))
-    wait_for(lambda: os.path.exists("trained.txt"))
+@pytest.mark.parametrize("program", ["main", "foreign"])
+def test_the_server_has_one_thread_and_no_device(program, foreign):
+    own = [*LOSS, "--name=tiny", "--base=[]", grid(model__fault=["wait"])]
+    process = start(*(settings(foreign) if program == "main" else own))
+    wait_for(lambda: list(Path("logs/sweeps/tiny").glob("*/output.log")))
     (run,) = processes_of(process)
     server = int(Path(f"/proc/{run}/stat").read_text().rpartition(")")[2].split()[1])
     assert "Threads:\t1\n" in Path(f"/proc/{server}/status").read_text()
@@ -645,3 +647,24 @@ def test_the_server_has_one_thread_and_no_device(foreign):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 130
+
+
+def test_a_program_prepares_the_server_once(foreign):
+    Path("own.py").write_text(
+        "from foreign import main\ndef preload():\n    open('prepared.txt', 'a').write('x')\n    raise ImportError\n"
+    )
+    args = ["--program=own:main", "--metric=loss", "--name=tiny", "--base=[]", grid(model__lr=[0.1, 0.2])]
+    assert sweep.main(args) == 0
+    assert Path("prepared.txt").read_text() == "x"
+
+
+def test_the_preparation_leaves_no_package_to_import(folder):
+    script = "import main, sys\nmain.preload()\nbefore = set(sys.modules)\n"
+    script += f"main.main({['fit', *BASE, *SHORT]})\nprint(len(before), *(set(sys.modules) - before))\n"
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    before, *late = done.stdout.splitlines()[-1].split()
+    assert int(before) > 2000
+    packages = {"PIL", "fsspec", "google", "matplotlib", "omegaconf", "pandas", "tensorboard", "wandb"}
+    assert [name for name in late if name.partition(".")[0] in packages] == []
