@@ -654,7 +654,7 @@ def test_a_program_prepares_the_server_once(foreign):
         "from foreign import main\ndef preload():\n    open('prepared.txt', 'a').write('x')\n    raise ImportError\n"
     )
     args = ["--program=own:main", "--metric=loss", "--name=tiny", "--base=[]", grid(model__lr=[0.1, 0.2])]
-    assert sweep.main(args) == 0
+    assert in_new_process(*args).returncode == 0
     assert Path("prepared.txt").read_text() == "x"
 
 
