@@ -79,38 +79,41 @@ def files(overlay: Any) -> Any:
     return [overlay] if isinstance(overlay, str) else overlay or []
 
 
-def label(key: str, value: Any) -> str:
-    """A short name of an axis's value, safe in a file name."""
-    text = value.get("class_path", value) if isinstance(value, dict) else value
-    if key == "config" and value:
-        text = "+".join(Path(file).stem for file in files(value))
-    elif isinstance(text, str) and re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Za-z_]\w*", text):  # a class
-        text = text.rpartition(".")[2]
-    text = text if isinstance(text, str) else json.dumps(text)
-    return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII).strip("-")[:30]
-
-
-def run_names(root: Path, grid: dict[str, list[Any]], points: list[Point]) -> list[str]:
-    """A name for each point: its number and its values; a run that is there already keeps its number."""
-    files = (file.stem.partition("-") for file in (root / "configs").glob("[0-9]*-*.yaml"))
-    there = {name: number for number, _, name in files}
-    numbers = itertools.count(1 + max(map(int, there.values()), default=-1))
-    width = max(3, len(str(len(points) - 1)))
-    axes: list[list[str]] = []
-    for key, short in short_names(grid).items():
-        axes.append([])
-        for value in grid[key]:  # the name doesn't depend on values that follow, for they may be added later
-            name = re.sub(r"[^\w.+=~-]+", "-", f"{short}={label(key, value)}")
-            alike = name in axes[-1] or isinstance(value, dict) or name.endswith("=")
-            axes[-1].append(f"{name}~{digest(value)}" if alike else name)
-    names = ["-".join(axis[index] for axis, index in zip(axes, point)) for point in points]
-    names = [name if len(name) < 150 else f"{name[:140]}~{digest(name)}" for name in names]
-    return [f"{there.get(name) or format(next(numbers), f'0{width}')}-{name}" for name in names]
+def labels(key: str, values: Iterable[Any]) -> list[str]:
+    """Short names of an axis's values, each safe in a file name, and independent of the values that follow it."""
+    names: list[str] = []
+    for value in values:
+        text = value.get("class_path", value) if isinstance(value, dict) else value
+        if key == "config" and value:
+            text = "+".join(Path(file).stem for file in files(value))
+        elif isinstance(text, str) and re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Za-z_]\w*", text):  # a class
+            text = text.rpartition(".")[2]
+        if not isinstance(text, int | float):
+            text = (text if isinstance(text, str) else json.dumps(text)).strip("-[]{}")
+        name = re.sub(r"[^\w.+-]+", "-", text if isinstance(text, str) else json.dumps(text), flags=re.ASCII)[:30]
+        alike = name in names or isinstance(value, dict) or not name.strip("-")
+        names.append(f"{name}~{digest(value)}" if alike else name)
+    return names
 
 
 def digest(value: Any) -> str:
     """Six characters that differ where values differ."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:6]
+
+
+def run_names(root: Path, grid: dict[str, list[Any]], points: list[Point]) -> list[str]:
+    """A name for each point: its number and its values; a run that is there already keeps its number."""
+    parts = (file.stem.partition("-") for file in (root / "configs").glob("[0-9]*-*.yaml"))
+    there = {name: number for number, _, name in parts}
+    numbers = itertools.count(1 + max(map(int, there.values()), default=-1))
+    width = max(3, len(str(len(points) - 1)))
+    axes = [
+        [re.sub(r"[^\w.+=~-]+", "-", f"{short}={name}") for name in labels(key, grid[key])]
+        for key, short in short_names(grid).items()
+    ]
+    names = ["-".join(axis[index] for axis, index in zip(axes, point)) for point in points]
+    names = [name if len(name) < 150 else f"{name[:140]}~{digest(name)}" for name in names]
+    return [f"{there.get(name) or format(next(numbers), f'0{width}')}-{name}" for name in names]
 
 
 def to_arguments(key: str, value: Any) -> list[str]:
@@ -149,6 +152,16 @@ def swept_values(path: Path) -> dict[str, Any]:
         if (line := file.readline()).startswith("# swept: "):
             return json.loads(line.removeprefix("# swept: "))
     return {}
+
+
+def swept_labels(root: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What was swept in each run, by key, as it is shown."""
+    swept = {name: swept_values((root / "configs" / f"{name}.yaml").absolute()) for name in names}
+    shown: dict[str, dict[str, str]] = {}
+    for key in dict.fromkeys(key for values in swept.values() for key in values):
+        different = {json.dumps(values[key]): values[key] for values in swept.values() if key in values}
+        shown[key] = dict(zip(different, labels(key, different.values())))
+    return {name: {key: shown[key][json.dumps(value)] for key, value in swept[name].items()} for name in swept}
 
 
 def load(path: Path) -> Any:
@@ -292,7 +305,7 @@ class Grid:
             if (unknown := re.search(r"unrecognized arguments: --([\w.]+)", told)) and self.parser:
                 parsers = getattr(self.parser._subcommands_action, "choices", {"fit": self.parser})
                 told = f"{unknown[0]}{nearest(unknown[1], (action.dest for action in parsers['fit']._actions))}"
-            values = ", ".join(f"{key}={value}" for key, value in self.values(point).items())
+            values = ", ".join(f"{key}={json.dumps(value)}" for key, value in self.values(point).items())
             raise Mistake(f"{told} (with {values})") from error
 
 
@@ -350,12 +363,14 @@ def check_grid(root: Path, settings: dict[str, Any]) -> None:
     if not settings or not isinstance(saved, dict):
         return
     before, now = (
-        {"the program": [all["program"]], "the axes": [*all["grid"]], **all["grid"]} for all in (saved, settings)
+        {"the program": [one["program"]], "the axes": [*one["grid"]], **one["grid"]} for one in (saved, settings)
     )
     for key, old in before.items():
         new = now[key]
         if any(repr(value) not in map(repr, new) for value in old) or (key == "the axes" and old != new):
-            raise Mistake(f"{root} has {key}: {old}, now it is {new}: give the sweep another name")
+            raise Mistake(
+                f"{root} has {key}: {old}, now it is {new}: give the sweep another name, or delete its folder"
+            )
 
 
 def is_written(path: Path, flat: Flat) -> bool:
@@ -370,7 +385,8 @@ def is_written(path: Path, flat: Flat) -> bool:
     for key in {**there, **asked}:
         old, new = (config.get(key, "nothing") for config in (there, asked))
         if old != new:
-            raise Mistake(f"{path} has {'.'.join(key)}: {old}, now it is {new}: give the sweep another name")
+            change = f"{path} has {'.'.join(key)}: {old}, now it is {new}"
+            raise Mistake(f"{change}: give the sweep another name, or delete its folder")
     return True
 
 
@@ -517,7 +533,6 @@ class Sweep:
 
         self.root, self.metric, self.mode, self.retry_failed = root, metric, mode, retry_failed
         self.names: list[str] = []  # the runs that are asked for
-        self.start = time.time()
         self.finished: dict[str, dict[str, float]] = {}  # with their metrics
         self.failed: dict[str, str] = {}  # those that won't be tried again, with the reason
         self.stops = 0  # how often it was asked to stop
@@ -578,8 +593,9 @@ class Sweep:
         """
         from rich.live import Live
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
+        self.start = time.time()
+        for interrupt in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(interrupt, self.stop)
         with contextlib.ExitStack() as stack:
             if self.console.is_terminal:
                 self.live = stack.enter_context(Live(console=self.console, transient=True))
@@ -597,6 +613,8 @@ class Sweep:
             self.say(f"failed: {name}: {reason} (see {self.root / name / 'output.log'})")
         done, took = f"{len(self.best())} of {len(self.names)} runs are finished", duration(time.time() - self.start)
         self.say(f"{done}, after {took}: {self.root / 'results.csv'}")
+        if self.stops:
+            self.say("stopped: the same command goes on from here")
         if in_a_row == max_failures:
             raise Mistake(f"stopped, since {in_a_row} runs failed in a row: is it the same fault?")
         return 130 if self.stops else 1 if self.failed else 0
@@ -607,12 +625,12 @@ class Sweep:
         process = CONTEXT.Process(target=train, kwargs={"root": self.root, "name": name, **how})
         process.start()
         while not wait([process.sentinel], timeout=0.25):
-            self.show(f"{name}  {last_line(log) or 'begins'}")
+            self.show(f"{number(name)}  {last_line(log) or 'begins'}")
             with contextlib.suppress(ProcessLookupError):
                 if self.stops > 1:
                     kill(process.pid)
                 elif self.stops and not told and (START == "spawn" or os.getpgid(process.pid) == process.pid):
-                    self.say("stopping when the current run has ended; Ctrl-C once more: at once")
+                    self.say(f"stopping {name}, which the same command will start over; Ctrl-C once more: at once")
                     os.kill(process.pid, signal.SIGINT)  # by now it can handle it
                     told = True
         process.join()
@@ -621,9 +639,11 @@ class Sweep:
             return self.say(self.progress(name))
         reason = details.get("reason") or last_line(log, "error: ").removeprefix("error: ")
         if process.exitcode < 0:
-            reason = f"killed by {signal.Signals(-process.exitcode).name}" + " (out of memory?)" * (not self.stops)
+            reason = f"killed by {signal.Signals(-process.exitcode).name}" + " (out of memory?)"
         elif process.exitcode == 0 and stands != "failed":
             reason = "it left no metrics.json, or another config.yaml than it was given"
+        if self.stops:
+            reason = "stopped by Ctrl-C or a signal"
         outcome = {"status": "interrupted" if self.stops else "failed", "reason": reason, "time": time.time()}
         write(self.root / name / "status.json", json.dumps(outcome))
         if not self.stops:
@@ -697,19 +717,20 @@ class Sweep:
 
     def print_table(self, names: list[str], rows: int = 20) -> None:
         """Prints runs as W&B's run table does: what was swept, how it ended; as many columns as there is room for."""
-        swept = {name: swept_values((self.root / "configs" / f"{name}.yaml").absolute()) for name in names[:rows]}
+        swept = swept_labels(self.root, names)
         axes = short_names(dict.fromkeys(key for values in swept.values() for key in values))
+        swept = {name: swept[name] for name in names[:rows]}
         ended = {name: self.finished.get(name, {}) for name in swept}
-        metrics = dict.fromkeys(key for key in (self.metric, *itertools.chain(*ended.values())) if any(ended.values()))
+        metrics = dict.fromkeys(itertools.chain(*ended.values()))
         table = [["run", *axes.values(), *metrics]]
         for name, values in swept.items():
-            cells = [label(key, values[key]) if key in values else "" for key in axes]
+            cells = [values.get(key, "") for key in axes]
             digits = {"epochs": 0, "seconds": 0}
             numbers = [f"{ended[name][key]:.{digits.get(key, 4)}f}" if key in ended[name] else "" for key in metrics]
             table.append([number(name), *cells, *numbers])
         widths = [max(map(len, column)) for column in zip(*table)]
         fit = sum(end <= self.console.width + 2 for end in itertools.accumulate(width + 2 for width in widths))
-        for row in table:
+        for row in table if names else ():
             self.say("  ".join(cell.ljust(width) for cell, width in zip(row[:fit], widths)).rstrip())
         if len(names) > rows:
             self.say(f"and {len(names) - rows} more")
@@ -793,7 +814,7 @@ def sweep(
         raise Mistake("the grid is empty: give --config, --grid or --run_dir")
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise Mistake(f"grid: {key} must be a list of values, got {json.dumps(values)}")
+            raise Mistake(f"grid: {key} must be a list of one value or more, got {json.dumps(values)}")
         given = [json.dumps(value) for value in values]
         for value in given:
             if given.count(value) > 1:
@@ -839,12 +860,12 @@ def main(args: list[str] | None = None) -> int:
     following = [*args[1:], ""]
     args = [f"{a}=true" if a in flags and b not in ("true", "false") else a for a, b in zip(args, following)]
     default = Path(__file__).parent / "configs/sweep.yaml"
-    if default.exists() and not any(arg.startswith(("--config", "--run_dir")) for arg in args):
+    if default.exists() and not any(arg.startswith(("--config", "--run_dir", "--grid")) for arg in args):
         args = [f"--config={default}", *args]
     about = (sweep.__doc__ or "").partition("\n")[0]
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=about)
     parser.add_argument(
-        "--config", action="config", help="A YAML file with these settings; configs/sweep.yaml if none."
+        "--config", action="config", help="A YAML file with these settings; without it and a grid: configs/sweep.yaml."
     )
     parser.add_function_arguments(sweep)
     try:
@@ -856,7 +877,9 @@ def main(args: list[str] | None = None) -> int:
     except ArgumentError as error:
         message = str(error)
         if unknown := re.search(r"(?:Option '|unrecognized arguments: --)(\w+)", message):
-            message = f"unknown setting {unknown[1]}{nearest(unknown[1], inspect.signature(sweep).parameters)}"
+            message = (
+                f"unknown setting {unknown[1]}{nearest(unknown[1], ('config', *inspect.signature(sweep).parameters))}"
+            )
     except KeyboardInterrupt:
         return 130
     finally:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ SHORT = [
 ]
 FIT = ["fit", *BASE, *SHORT]
 QUIET = ["--tensorboard=null", "--wandb=null"]  # no loggers
+CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +48,38 @@ def folder(tmp_path, monkeypatch):
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A sweep in this process sets its own handlers."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def foreign(folder):
+    """A working directory with a program of its own."""
+    shutil.copy(REPO / "tests/foreign.py", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A finished sweep of four runs with both loggers, as a user starts it."""
+    import sweeps  # which imports this file
+
+    folder = tmp_path_factory.mktemp("tiny")
+    fixed = dict(option.removeprefix("--").split("=") for option in [BASE[2], *SHORT])
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment["HOME"] = str(folder)
+    done = sweeps.in_new_process(
+        *sweeps.settings(folder, fixed=fixed), cwd=folder, env=environment | {"HOME": str(folder)}
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
 
 
 def metrics_of(run: Path) -> dict:

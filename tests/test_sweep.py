@@ -1,7 +1,6 @@
 """sweep.py, on real MNIST limited to a few batches and on a program that it doesn't know."""
 
 import contextlib
-import csv
 import itertools
 import json
 import os
@@ -18,57 +17,11 @@ import duckdb
 import pytest
 import yaml
 from conftest import BASE, REPO, SHORT, metrics_of
+from sweeps import GRID, LOSS, NAMES, QUIET, grid, in_new_process, less_times, rows, settings, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sweep
 from main import main
-
-QUIET = {"tensorboard": None, "wandb": None}
-GRID = {"model.net.l1_chan": [4, 8], "model.optimizer.nesterov": [False, True]}
-LOSS = ["--program=foreign:main", "--metric=loss", "--mode=min"]
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """A sweep in this process sets its own handlers."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def foreign(folder):
-    """A working directory with a program of its own."""
-    shutil.copy(REPO / "tests/foreign.py", folder)
-    return folder
-
-
-def settings(folder: Path, **changes) -> list[str]:
-    """Writes a tiny sweep of base.yaml."""
-    fixed = dict(option.removeprefix("--").split("=") for option in [BASE[2], *SHORT]) | QUIET
-    content = {"name": "tiny", "base": str(REPO / "configs/base.yaml"), "grid": GRID, "fixed": fixed} | changes
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    return ["--config=tiny.yaml"]
-
-
-def grid(**axes) -> str:
-    return f"--grid={json.dumps({key.replace('__', '.'): values for key, values in axes.items()})}"
-
-
-def in_new_process(*args: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPO / "sweep.py"), *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, **options)
-
-
-def rows(folder: Path = Path("logs/sweeps/tiny")) -> list[dict[str, str]]:
-    with open(folder / "results.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def less_times(results: Path) -> list[list[str]]:
-    with open(results) as file:
-        return [row[:-1] for row in csv.reader(file)]
 
 
 def error(capfd, *args: str) -> str:
@@ -82,25 +35,6 @@ def error(capfd, *args: str) -> str:
 
 
 # A sweep from its beginning to its end.
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A finished sweep of four runs with both loggers, as a user starts it."""
-    folder = tmp_path_factory.mktemp("tiny")
-    fixed = dict(option.removeprefix("--").split("=") for option in [BASE[2], *SHORT])
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    done = in_new_process(*settings(folder, fixed=fixed), cwd=folder, env=environment | {"HOME": str(folder)})
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
-
-
-NAMES = [
-    "000-l1_chan=4-nesterov=false",
-    "001-l1_chan=4-nesterov=true",
-    "002-l1_chan=8-nesterov=false",
-    "003-l1_chan=8-nesterov=true",
-]
 
 
 def test_results_have_a_row_for_each_run_with_its_metrics(tiny):
@@ -129,7 +63,7 @@ def test_the_table_is_sorted_by_the_metric_and_the_last_line_says_where_all_is(t
     assert lines[header].split()[:3] == ["run", "l1_chan", "nesterov"]
     order = sorted(rows(tiny[0] / "logs/sweeps/tiny"), key=lambda row: (-float(row["val/acc"]), row["name"]))
     assert [line.split()[0] for line in lines[header + 1 : header + 5]] == [row["name"][:3] for row in order]
-    assert lines[-1].startswith("4 of 4 runs are finished") and lines[-1].endswith("logs/sweeps/tiny/results.csv")
+    assert lines[-2].startswith("4 of 4 runs are finished") and lines[-2].endswith("logs/sweeps/tiny/results.csv")
     assert sum(line.startswith("[") for line in lines) == 4  # plain lines, since this is no terminal
 
 
@@ -192,16 +126,13 @@ def test_keys_get_their_last_words_for_a_name():
 
 
 def test_values_get_short_names_that_tell_them_apart():
-    values = [4, 0.1, True, None, "a b/c", "torch.optim.Adam", [1, 2]]
-    labels = ["4", "0.1", "true", "null", "a-b-c", "Adam", "1-2"]
-    assert [sweep.label("key", value) for value in values] == labels
-    assert sweep.label("key", {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.1}}) == "Adam"
-    assert [sweep.label("config", value) for value in (None, "a/b.yaml", ["c/d.yaml", "e.v2.yaml"])] == [
-        "null",
-        "b",
-        "d+e.v2",
-    ]
-    alike = [{"class_path": "x.Adam"}, {"class_path": "y.Adam"}, "1", 1, "\u00e9", "\u00e8", "x" * 300]
+    values = [4, 0.1, -1, 1e-05, True, None, "a b/c", "torch.optim.Adam", [1, 2], "-x-", "4"]
+    shown = ["4", "0.1", "-1", "1e-05", "true", "null", "a-b-c", "Adam", "1-2", "x"]
+    assert sweep.labels("key", values)[:-1] == shown
+    assert sweep.labels("key", values)[-1].startswith("4~")
+    assert sweep.labels("key", values[:3]) == shown[:3]
+    assert sweep.labels("config", [None, "a/b.yaml", ["c/d.yaml", "e.v2.yaml"]]) == ["null", "b", "d+e.v2"]
+    alike = [{"class_path": "x.Adam"}, {"class_path": "y.Adam"}, "1", 1, "\u00e9", "\u00e8", "x" * 300, "x" * 301]
     names = sweep.run_names(Path(), {"model.key": alike}, [(index,) for index in range(len(alike))])
     assert [name[:8] for name in names] == [f"00{index}-key=" for index in range(len(alike))]
     assert len({name[4:] for name in names}) == len(alike)
@@ -262,8 +193,11 @@ def test_a_dry_run_writes_configs_prints_the_runs_and_trains_nothing(folder, cap
     assert sorted(os.listdir("logs/sweeps/tiny/configs")) == [f"{name}.yaml" for name in NAMES]
 
 
-def test_the_original_grid_has_64_runs(folder):
+def test_the_original_grid_has_64_runs_and_is_no_part_of_another(folder):
     shutil.copytree(REPO / "configs", "configs")
+    own = ["--base=configs/base.yaml", grid(model__optimizer__lr=[0.1]), "--name=own", "--dry_run"]
+    assert sweep.main(own) == 0
+    assert os.listdir("logs/sweeps/own/configs") == ["000-lr=0.1.yaml"]
     assert sweep.main(["--dry_run"]) == 0
     names = sorted(os.listdir("logs/sweeps/mnist/configs"))
     assert len(names) == 64
@@ -282,7 +216,7 @@ def test_an_extended_grid_goes_on_with_its_numbers(folder, capfd):
         f"00{3 + i}-l1_chan={c}-nesterov={n}.yaml" for i, (c, n) in enumerate([(2, "false"), (2, "true"), (8, "true")])
     ]
     told = error(capfd, *settings(folder), "--dry_run")
-    assert "model.net.l1_chan: [2, 4, 8], now it is [4, 8]" in told
+    assert "model.net.l1_chan: [2, 4, 8], now it is [4, 8]: give the sweep another name, or delete its folder" in told
 
 
 @pytest.mark.parametrize(
@@ -318,8 +252,8 @@ def test_another_sweep_in_the_same_folder_is_refused(change, told, folder, capfd
 
 MISTAKES = {
     "empty grid": (["--grid={}"], "the grid is empty"),
-    "empty axis": ([grid(a=[])], "a must be a list of values, got []"),
-    "no list": ([grid(a=3)], "a must be a list of values, got 3"),
+    "empty axis": ([grid(a=[])], "a must be a list of one value or more, got []"),
+    "no list": ([grid(a=3)], "a must be a list of one value or more, got 3"),
     "no file": ([grid(config=[{"a": 1}])], 'a value of config is a file, a list of files, or null, not {"a": 1}'),
     "twice": ([grid(model__net__l1_chan=[4, 8, 4])], "model.net.l1_chan has 4 twice"),
     "the same run": ([grid(model__net=["CNN", "mnist_cnn.CNN"])], "are the same run"),
@@ -511,16 +445,6 @@ def test_a_full_disk_ends_the_run_and_leaves_the_results_whole(small_disk, capfd
     assert [row["status"] for row in rows()] == ["finished", "pending"]
 
 
-def start(*args: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(REPO / "sweep.py"), *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def wait_for(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -535,6 +459,8 @@ def test_ctrl_c_ends_the_current_run_cleanly_and_the_same_command_goes_on(foreig
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "Traceback" not in printed
+    assert "001-fault=pause interrupted: stopped by Ctrl-C or a signal" in printed
+    assert printed.splitlines()[-1] == "stopped: the same command goes on from here"
     assert [row["status"] for row in rows()] == ["finished", "interrupted", "pending"]
     assert "attempting graceful shutdown" in Path("logs/sweeps/tiny/001-fault=pause/output.log").read_text()
     assert in_new_process(*args).returncode == 0
@@ -546,7 +472,7 @@ def test_ctrl_c_twice_ends_it_at_once(foreign):
     process = start(*LOSS, "--name=tiny", "--base=[]", grid(model__fault=["deaf", "x"]))
     wait_for(lambda: os.path.exists("trained.txt"))
     os.kill(process.pid, signal.SIGINT)
-    assert "Ctrl-C once more" in process.stdout.readline()
+    assert "stopping 000-fault=deaf" in process.stdout.readline()
     time.sleep(1)
     assert process.poll() is None  # the run doesn't hear it
     os.kill(process.pid, signal.SIGINT)
@@ -619,8 +545,8 @@ def test_a_terminal_shows_the_whole_sweep_while_it_runs(foreign):
     lines = [line.strip() for line in lines]
     assert "\u2501" in shown.decode()  # the bar
     assert any(re.fullmatch(r"\[2/3\]  best 0\.\d{4} \(000\)  0:00:\d\d left  1 failed", line) for line in lines)
-    assert any(line.startswith("002-fault=pause  ") for line in lines)  # with the last line of its log
-    assert lines[-1].startswith("2 of 3 runs are finished")
+    assert any(line.startswith("002  ") for line in lines)  # with the last line of its log
+    assert lines[-2].startswith("2 of 3 runs are finished")
 
 
 def test_two_sweeps_share_the_work(foreign):
