@@ -613,6 +613,8 @@ class Sweep:
             self.say(f"failed: {name}: {reason} (see {self.root / name / 'output.log'})")
         done, took = f"{len(self.best())} of {len(self.names)} runs are finished", duration(time.time() - self.start)
         self.say(f"{done}, after {took}: {self.root / 'results.csv'}")
+        if self.stops < 2:
+            self.say(make_report(self.root, self.metric, self.mode))
         if self.stops:
             self.say("stopped: the same command goes on from here")
         if in_a_row == max_failures:
@@ -739,6 +741,16 @@ class Sweep:
 def number(name: str) -> str:
     """The number of a grid's run; the whole name of any other."""
     return name.partition("-")[0] if re.match(r"\d+-.*=", name) else name
+
+
+def make_report(root: Path, metric: str, mode: str) -> str:
+    """Has report.py write its page, if that can be done; returns what to tell."""
+    try:
+        return f"report: {importlib.import_module('report').report(root, metric, mode)}"
+    except ImportError as error:
+        return f"no report.html, since {error.name} is missing" + ": pip install '.[report]'" * (error.name != "report")
+    except Exception as error:  # the runs are none the worse
+        return f"no report.html: {type(error).__name__}: {error}"
 
 
 def to_cell(value: Any) -> Any:

@@ -1,0 +1,359 @@
+"""Makes one page of a sweep: `python report.py logs/sweeps/NAME` writes report.html there; sweep.py does so at its end.
+
+The page holds all that it shows, so it opens from disk, without a network. Everything comes from the sweep's folder:
+settings and metrics as sweep.py reads them, curves and pictures from TensorBoard's event files, where there are any.
+Optuna says how much each setting mattered; Plotly draws. Both, and jinja2, come with `pip install '.[report]'`.
+"""
+
+import base64
+import math
+import shlex
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import auto_cli
+
+import sweep
+
+try:
+    import jinja2
+    import markupsafe
+    import numpy as np
+    import optuna
+    import plotly.graph_objects as go
+    from plotly.colors import sample_colorscale
+    from plotly.offline import get_plotlyjs
+except ImportError as error:
+    if __name__ == "__main__":
+        sys.exit(f"error: {error.name} is missing: pip install '.[report]'")
+    raise
+
+PAGE = jinja2.Template(
+    """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{{ root.name }}: sweep report</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2em auto; padding: 0 1em }
+h1, h2 { line-height: 1.2 } h2 { margin-top: 2em }
+.wide { overflow: auto; max-height: 36em }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .2em .8em; text-align: left; white-space: nowrap; border-bottom: 1px solid #ddd }
+th { position: sticky; top: 0; background: #f4f4f4 }
+#runs th { cursor: pointer }
+code { background: #f4f4f4; padding: .1em .3em }
+.pictures { display: flex; flex-wrap: wrap; gap: 1em }
+figure { flex: 1 1 30em; margin: 0 }
+img { max-width: 100% }
+.missing { color: #a40000 }
+</style>
+<script>{{ plotlyjs }}</script>
+<h1>Sweep {{ root.name }}</h1>
+<p>{{ finished | length }} of {{ runs | length }} runs are finished
+{%- for status, count in others.items() %}, {{ count }} {{ status }}{% endfor %}. Compared by {{ metric }}
+({{ "more" if mode == "max" else "less" }} is better). Made {{ now }}.</p>
+{% for line in missing %}<p class="missing">{{ line }}</p>{% endfor %}
+
+{% if best %}
+<h2>The best run</h2>
+<p><b>{{ best.name }}</b> reached {{ metric }} {{ show(best.metrics[metric]) }}, with
+{% for key, label in best.labels.items() %}{{ key }} <b>{{ label }}</b>{{ ", " if not loop.last }}{% endfor %}.</p>
+<table><tr>{% for key in metrics %}<th>{{ key }}{% endfor %}</tr>
+<tr>{% for key in metrics %}<td>{{ show(best.metrics.get(key), key) }}{% endfor %}</tr></table>
+<p>Run it again: <code>{{ best.command }}</code></p>
+{{ plots.best }}
+<div class="pictures">{% for tag, picture in pictures.items() %}
+<figure><figcaption>{{ tag }}</figcaption>
+<img alt="{{ tag }} of the best run" src="data:image/png;base64,{{ picture }}"></figure>
+{% endfor %}</div>
+{% endif %}
+
+<h2>All runs</h2>
+<p>A click on a column's head sorts by it.</p>
+<div class="wide"><table id="runs"><thead><tr>
+{% for key in ["run", "status"] + axes + metrics + ["run it again"] %}<th>{{ key }}{% endfor %}</tr></thead><tbody>
+{% for run in runs %}<tr><td>{{ run.number }}<td>{{ run.status }}
+{% for label in run.labels.values() %}<td>{{ label }}{% endfor %}
+{% for key in metrics %}{% set value = run.metrics.get(key) %}
+<td data-value="{{ "" if value is none else value }}">{{ show(value, key) }}{% endfor %}
+<td><code>{{ run.command }}</code></tr>
+{% endfor %}</tbody></table></div>
+
+{% for name, title, text in sections if plots[name] %}
+<h2>{{ title }}</h2>
+<p>{{ text }}</p>
+{{ plots[name] }}
+{% endfor %}
+
+{% if means %}
+<h2>Mean {{ metric }} by setting</h2>
+<p>Over the finished runs with that value; the number of them in brackets.</p>
+<table>{% for key, row in means.items() %}<tr><th>{{ key }}
+{% for label, mean, count in row %}<td>{{ label }}: <b>{{ show(mean) }}</b> ({{ count }}){% endfor %}
+{% endfor %}</table>
+{% endif %}
+
+{% if failed %}
+<h2>Failed and interrupted runs</h2>
+<table><tr><th>run<th>status<th>reason<th>its output</tr>
+{% for run in failed %}<tr><td>{{ run.name }}<td>{{ run.status }}<td>{{ run.reason }}<td><code>{{ run.log }}</code>
+{% endfor %}</table>
+{% endif %}
+
+<script>
+const body = document.querySelector("#runs tbody")
+document.querySelectorAll("#runs th").forEach((head, column) => head.onclick = () => {
+  const value = row => row.cells[column].dataset.value ?? row.cells[column].textContent
+  const order = head.dataset.order = head.dataset.order == 1 ? -1 : 1
+  body.append(...[...body.rows].sort((a, b) => {
+    const [x, y] = [value(a), value(b)]
+    if (!x || !y) return !x - !y  // what has no value stays at the end
+    return order * (x - y || x.localeCompare(y, undefined, {numeric: true}))
+  }))
+})
+</script>
+</html>
+""",
+    autoescape=True,
+)
+
+# Of the plots of all runs: name, title, what it shows.
+SECTIONS = (
+    ("curves", "How all runs learnt", "One line a run; the better the run, the brighter. The pointer tells its name."),
+    (
+        "parallel",
+        "Parallel coordinates",
+        "One line a run, through its settings; the darker, the better. Drag along an axis to pick out runs.",
+    ),
+    (
+        "importance",
+        "Which setting matters",
+        "The share of the metric's variance that a setting explains (fANOVA, Hutter et al. 2014), and whether more of"
+        " it goes with more or less of the metric.",
+    ),
+)
+
+
+@dataclass
+class Run:
+    """A run of a sweep as the page shows it."""
+
+    name: str
+    number: str
+    status: str
+    reason: str  # why it failed
+    metrics: dict[str, float]  # those of a finished run
+    values: dict[str, Any]  # what was swept, by short names
+    labels: dict[str, str]  # the same, as shown
+    command: str  # that reruns it
+    log: Path
+
+
+def read_runs(root: Path, metric: str, program: str) -> list[Run]:
+    """The runs of a sweep's folder, in its order."""
+    names = [path.stem for path in sorted((root / "configs").glob("*.yaml"))]
+    swept = {name: sweep.swept_values(root / "configs" / f"{name}.yaml") for name in names}
+    shown = sweep.swept_labels(root, names)
+    axes = sweep.short_names(dict.fromkeys(key for values in swept.values() for key in values))
+    script = program.partition(":")[0].replace(".", "/") + ".py"
+    runs = []
+    for name in names:
+        status, details = sweep.status(root, name, metric)
+        labels = {short: shown[name].get(key, "") for key, short in axes.items()}
+        values = {short: swept[name].get(key) for key, short in axes.items()}
+        config = shlex.quote(str(root / "configs" / f"{name}.yaml"))
+        runs.append(
+            Run(
+                name=name,
+                number=sweep.number(name),
+                status=status,
+                reason=details.get("reason", "") if status != "finished" else "",
+                metrics=details if status == "finished" else {},
+                values=values,
+                labels=labels,
+                command=f"python {script} fit --config {config}",
+                log=root / name / "output.log",
+            )
+        )
+    return runs
+
+
+def read_events(folder: Path) -> tuple[dict[str, list[tuple[int, float]]], dict[str, bytes]]:
+    """What TensorBoard shows of a run.
+
+    Returns:
+        Tag -> points (step, value) of each scalar; tag -> the last PNG of each picture.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    scalars: dict[str, list[tuple[int, float]]] = {}
+    pictures: dict[str, bytes] = {}
+    for file in sorted(folder.rglob("events.out.tfevents.*")):
+        for event in LegacyEventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
+                elif value.HasField("image"):
+                    pictures[value.tag] = value.image.encoded_image_string
+    return scalars, pictures
+
+
+def correlation(values: list[Any], metrics: list[float]) -> float:
+    """Pearson's correlation of a setting and the metric; NaN if the setting has no order, or one of them one value."""
+    if not all(isinstance(value, int | float) for value in values) or len(set(values)) == 1 or len(set(metrics)) == 1:
+        return math.nan
+    return float(np.corrcoef(np.array(values, float), metrics)[0, 1])
+
+
+def to_study(runs: list[Run], metric: str, mode: str) -> optuna.Study:
+    """An Optuna study that holds the finished runs; each setting is categorical, in the grid's order."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize" if mode == "max" else "minimize")
+    varied = [key for key in runs[0].labels if len({run.labels[key] for run in runs}) > 1]
+    choices = {key: list(dict.fromkeys(choice(run, key) for run in runs)) for key in varied}
+    distributions: Any = {key: optuna.distributions.CategoricalDistribution(choices[key]) for key in varied}
+    for run in runs:
+        params = {key: choice(run, key) for key in varied}
+        study.add_trial(
+            optuna.trial.create_trial(params=params, distributions=distributions, value=run.metrics[metric])
+        )
+    return study
+
+
+def choice(run: Run, key: str) -> Any:
+    """A value as Optuna takes it: a number, or a name."""
+    value = run.values[key]
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else run.labels[key]
+
+
+def draw_importance(study: optuna.Study, runs: list[Run], metric: str) -> go.Figure | None:
+    """How much of the metric's variance each setting explains, coloured by the sign of its correlation."""
+    try:
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        importances = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    except (RuntimeError, ValueError):  # too few runs, or all alike
+        return None
+    metrics = [run.metrics[metric] for run in runs]
+    signs = {key: correlation([run.values[key] for run in runs], metrics) for key in importances}
+    figure = go.Figure(layout={"xaxis_title": "importance", "height": 150 + 40 * len(importances)})
+    for name, color, keys in (
+        (f"the more, the more {metric}", "#2a7f3f", [key for key, sign in signs.items() if sign > 0]),
+        (f"the more, the less {metric}", "#b3382c", [key for key, sign in signs.items() if sign < 0]),
+        ("has no order", "#888888", [key for key, sign in signs.items() if not abs(sign) > 0]),
+    ):
+        texts = [
+            f"{importances[key]:.2f}, correlation {signs[key]:+.2f}".replace(", correlation +nan", "") for key in keys
+        ]
+        bars = [importances[key] for key in keys]
+        figure.add_bar(x=bars, y=keys, text=texts, orientation="h", name=name, marker_color=color, showlegend=True)
+    return figure.update_yaxes(categoryorder="array", categoryarray=list(importances)[::-1])
+
+
+def draw_curves(curves: dict[str, list[tuple[int, float]]], title: str, shares: dict[str, float]) -> go.Figure | None:
+    """Lines over the steps of training.
+
+    Args:
+        curves: Name -> points.
+        title: That of the vertical axis.
+        shares: Name -> how good it is, 0 to 1, which is its colour; the others get one each.
+    """
+    figure = go.Figure(layout={"xaxis_title": "step", "yaxis_title": title, "height": 500, "showlegend": not shares})
+    for name, points in curves.items():
+        color = sample_colorscale("Viridis", shares[name])[0] if name in shares else None
+        steps, values = zip(*points)
+        figure.add_scattergl(x=steps, y=values, name=name, mode="lines", line={"color": color, "width": 1.5})
+    return figure if curves else None
+
+
+def report(folder: Path, metric: str | None = None, mode: Literal["max", "min"] | None = None) -> Path:
+    """Writes report.html into a sweep's folder, whatever the state of its runs.
+
+    Args:
+        folder: The folder, logs/sweeps/NAME.
+        metric: What runs are compared by; that of sweep.yaml, or else val/acc, if null.
+        mode: Whether more or less of it is better; likewise.
+
+    Returns:
+        The page.
+
+    Raises:
+        sweep.Mistake: If the folder has no configs.
+    """
+    saved = sweep.load(folder / "sweep.yaml") or {}
+    metric, mode = metric or saved.get("metric", "val/acc"), mode or saved.get("mode", "max")
+    runs = read_runs(folder, metric, saved.get("program", "main:main"))
+    if not runs:
+        raise sweep.Mistake(f"{folder} is no sweep's folder: it has no configs/*.yaml")
+    finished = sorted(
+        (run for run in runs if metric in run.metrics), key=lambda run: run.metrics[metric], reverse=mode == "max"
+    )
+    best = finished[0] if finished else None
+    others = Counter(run.status for run in runs if run.status != "finished")
+    missing = [
+        f"{count} of {len(runs)} runs are {status}, and are not in the plots." for status, count in others.items()
+    ]
+    plots: dict[str, go.Figure | None] = {}
+    pictures: dict[str, bytes] = {}
+    if best:
+        events = {run.name: read_events(folder / run.name) for run in finished}
+        tag = next((tag for tag in ("val/loss", "val_loss") if tag in events[best.name][0]), metric)
+        curves = {name: scalars[tag] for name, (scalars, _) in events.items() if tag in scalars}
+        if len(curves) < len(finished):
+            missing.append(f"{len(finished) - len(curves)} finished runs have no {tag} in TensorBoard's event files.")
+        shares = {run.name: 1 - index / len(finished) for index, run in enumerate(finished)}
+        plots["curves"] = draw_curves(curves, tag, shares)
+        scalars, pictures = events[best.name]
+        losses = {name: points for name, points in scalars.items() if name.endswith("loss") and len(points) > 1}
+        plots["best"] = draw_curves(losses, "loss", {})
+        study = to_study(finished, metric, mode)
+        if study.trials[0].params:
+            plots["parallel"] = optuna.visualization.plot_parallel_coordinate(study, target_name=metric)
+            plots["importance"] = draw_importance(study, finished, metric)
+        if not plots.get("importance"):
+            missing.append("There are too few different finished runs to say which setting matters.")
+    means: dict[str, list[tuple[str, float, int]]] = {}
+    for key in runs[0].labels:
+        groups: dict[str, list[float]] = {}
+        for run in runs:
+            groups.setdefault(run.labels[key], []).extend([run.metrics[metric]] if metric in run.metrics else [])
+        means[key] = [(label, float(np.mean(some)) if some else math.nan, len(some)) for label, some in groups.items()]
+    page = PAGE.render(
+        root=folder.resolve(),
+        runs=runs,
+        finished=finished,
+        best=best,
+        others=others,
+        missing=missing,
+        metric=metric,
+        mode=mode,
+        metrics=list(dict.fromkeys(key for run in finished for key in (metric, *run.metrics))),
+        axes=list(runs[0].labels),
+        means=means if finished else {},
+        failed=[run for run in runs if run.reason],
+        sections=SECTIONS,
+        pictures={tag: base64.b64encode(picture).decode() for tag, picture in pictures.items()},
+        plots={name: markupsafe.Markup(to_html(figure)) for name, figure in plots.items() if figure},
+        plotlyjs=markupsafe.Markup(get_plotlyjs()),
+        now=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        show=lambda x, key="": "" if x is None or x != x else f"{x:.{0 if key in ('epochs', 'seconds') else 4}f}",
+    )
+    path = folder / "report.html"
+    sweep.write(path, page)
+    return path
+
+
+def to_html(figure: go.Figure) -> str:
+    """A figure as a part of the page."""
+    figure.update_layout(template="plotly_white", title=None, margin={"l": 60, "r": 30, "t": 40, "b": 50})
+    return figure.to_html(full_html=False, include_plotlyjs=False)
+
+
+if __name__ == "__main__":
+    try:
+        print(auto_cli(report))
+    except sweep.Mistake as error:
+        sys.exit(f"error: {error}")
