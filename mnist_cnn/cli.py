@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -348,7 +349,8 @@ class ExperimentCLI(LightningCLI):
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(hyperparameters(self.settings), metrics, trainer.global_step)
+                shown = hyperparameters(self.settings, swept(self.config_init.fit.config or []))
+                logger.log_hyperparams(shown, metrics, trainer.global_step)
         print(table(metrics))
         metrics |= {
             "epochs": epochs,
@@ -358,6 +360,15 @@ class ExperimentCLI(LightningCLI):
         with write_atomically(self.run_dir / "metrics.json") as file:
             json.dump(metrics, file, indent=2)
         print(f"{epochs} epochs in {seconds:.0f} s. The run, with its config.yaml and metrics.json: {self.run_dir}")
+
+
+def swept(configs: Sequence[Any]) -> dict[str, Any]:
+    """What a sweep varies, as the first line of a config file says that sweep.py wrote; nothing in other files."""
+    for path in configs:
+        with open(path.absolute, encoding="utf-8") as file:
+            if (line := file.readline()).startswith("# swept: "):
+                return json.loads(line.removeprefix("# swept: "))
+    return {}
 
 
 def versions(root: Path) -> dict[int, Path]:

@@ -1,6 +1,7 @@
 """TensorBoard in the run's folder, W&B with or without an account, and the same pictures and histograms to both."""
 
 import http.client
+import json
 import os
 import shutil
 import sys
@@ -95,14 +96,17 @@ def log_figure(trainer: Trainer, tag: str, figure: Figure) -> None:
             logger.log_image(tag, [picture], trainer.global_step)
 
 
-def hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of seed, model and data by short names, as TensorBoard's HParams tab wants them.
+def hyperparameters(config: dict[str, Any], swept: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Settings by short names, as TensorBoard's HParams tab wants them.
 
     Args:
         config: A run's whole config.
+        swept: What a sweep varies: key as on the command line -> value. Only that is shown then, beside which a tab
+            of all settings would be hard to read.
 
     Returns:
-        Flat: `{"model.net": "CNN", "model.net.l1_chan": 4, ...}`. What is null is left out.
+        Flat: `{"model.net": "CNN", "model.net.l1_chan": 4, ...}`, of seed, model and data where nothing was swept. What
+        is null is left out, or "null" if it was swept.
     """
     flat: dict[str, Any] = {}
 
@@ -114,11 +118,20 @@ def hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
             for key, item in value.items():
                 add(f"{name}.{key}", item)
         elif value is not None:
-            flat[name] = value if isinstance(value, bool | int | float | str) else str(value)
+            plain = isinstance(value, int | float | str) and not isinstance(value, bool)
+            flat[name] = value if plain else json.dumps(value)  # TensorBoard would show true as 1.0000
 
-    for name in ("seed_everything", "model", "data"):
+    for name in config if swept else ("seed_everything", "model", "data"):
         add(name, config.get(name))
-    return flat
+    if not swept:
+        return flat
+    shown: dict[str, Any] = {}
+    for key, value in swept.items():
+        name = key.replace(".init_args", "").removesuffix(".class_path")
+        shown[name] = str(value) if key == "config" else flat.get(name, "null")  # which files were laid over it
+        if isinstance(value, dict):
+            shown |= {other: item for other, item in flat.items() if other.startswith(f"{name}.")}
+    return shown
 
 
 def start_wandb(logger: WandbLogger) -> Any:
