@@ -1,15 +1,20 @@
 """What the tests share: the command line in this process, on real MNIST limited to a few batches."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
+from selenium import webdriver
 
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
@@ -29,7 +34,6 @@ SHORT = [
 ]
 FIT = ["fit", *BASE, *SHORT]
 QUIET = ["--tensorboard=null", "--wandb=null"]  # no loggers
-CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +84,50 @@ def tiny(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real browser without a window."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no chromium and chromedriver: Debian's packages are chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    flags = "headless no-sandbox disable-gpu enable-unsafe-swiftshader no-first-run disable-background-networking"
+    for flag in [*flags.split(), "disable-component-update", "disable-sync", "window-size=1400,900"]:
+        options.add_argument(f"--{flag}")
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+@contextlib.contextmanager
+def tensorboard(logdir: Path):
+    """A real server; gives its address and a function that gets what a route serves."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "tensorboard.main", f"--logdir={logdir}", f"--port={url.rpartition(':')[2]}"]
+    server = subprocess.Popen([*command, "--host=127.0.0.1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def get(route, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{url}/data/{route}", data, {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request, timeout=10))
+
+    try:
+        for _ in range(120):
+            try:
+                if get("runs"):
+                    break
+            except OSError:
+                assert server.poll() is None, "TensorBoard ended"
+            time.sleep(0.5)
+        yield url, get
+    finally:
+        server.kill()
+        server.wait()
 
 
 def metrics_of(run: Path) -> dict:

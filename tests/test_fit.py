@@ -4,14 +4,12 @@ import json
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import BASE, FIT, QUIET, error_of, in_new_process, main, metrics_of
+from conftest import BASE, FIT, QUIET, error_of, in_new_process, main, metrics_of, tensorboard
 from lightning.pytorch import LightningModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
@@ -187,27 +185,7 @@ def test_pictures_are_legible(events):
 
 
 def test_tensorboard_serves_all_of_it(fitted, run):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir=logs/mnist", f"--port={port}", "--host=127.0.0.1"]
-    with open(fitted[0] / "tensorboard.log", "w") as log:
-        server = subprocess.Popen(command, cwd=fitted[0], stdout=log, stderr=log)
-
-    def get(route, body=None):
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/data/{route}", data, headers)
-        return json.load(urllib.request.urlopen(request, timeout=10))
-
-    try:
-        for _ in range(120):
-            try:
-                if get("runs") == ["version_0"]:
-                    break
-            except OSError:
-                assert server.poll() is None, "TensorBoard ended"
-            time.sleep(0.5)
+    with tensorboard(fitted[0] / "logs/mnist") as (_, get):
         scalars = get("plugin/scalars/tags")["version_0"]
         assert "val/acc" in scalars and "hp_metric" not in scalars
         assert get("plugin/scalars/scalars?run=version_0&tag=test%2Facc")[-1][2] == pytest.approx(
@@ -226,9 +204,6 @@ def test_tensorboard_serves_all_of_it(fitted, run):
         values = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
         assert values == pytest.approx({name: metrics_of(run)[name] for name in values}, rel=1e-6)
         assert set(values) == {"val/acc", "val/loss", "test/acc", "test/loss"}
-    finally:
-        server.kill()
-        server.wait()
 
 
 # W&B

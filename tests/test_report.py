@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CHROMIUM, REPO
+from conftest import REPO
 from sweeps import LOSS, grid, in_new_process, rows
 
 import report
@@ -18,18 +18,6 @@ def text_of(page: Path) -> str:
     """What a page says, without its scripts and plots."""
     content = re.sub(r"<script.*?</script>|<style.*?</style>", "", page.read_text(), flags=re.DOTALL)
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", content)).split())
-
-
-def dom_of(page: Path, script: str, folder: Path) -> str:
-    """The page as a browser without a network has it, after a script of ours."""
-    copy = folder / "page.html"
-    copy.write_text(page.read_text().replace("</html>", f"<script>{script}</script></html>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    flags += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder}/profile", "--dump-dom"]
-    command = [CHROMIUM, *flags, "--enable-unsafe-swiftshader", "--virtual-time-budget=10000", copy.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_a_sweep_ends_with_a_page_that_has_its_facts(tiny):
@@ -53,19 +41,24 @@ def test_a_sweep_ends_with_a_page_that_has_its_facts(tiny):
     assert not re.search(r'(?:src|href)="(?!data:)', page.read_text().partition("<h1>")[2])
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no chromium")
-def test_a_browser_draws_the_page_and_sorts_its_table(tiny, tmp_path):
-    page = tiny[0] / "logs/sweeps/tiny/report.html"
-    script = "document.querySelectorAll('#runs th')[COLUMN].click()"
-    results = rows(tiny[0] / "logs/sweeps/tiny")
-    for column, key in ((0, "name"), (4, "val/acc")):
-        dom = dom_of(page, script.replace("COLUMN", str(column)), tmp_path)
-        body = re.search(r"<tbody>(.*?)</tbody>", dom, re.DOTALL)[1]
-        order = re.findall(r"<tr><td>(\d+)", body)
-        values = {row["name"][:3]: row["name"] if key == "name" else float(row[key]) for row in results}
-        assert order == sorted(order, key=values.get), key
-    plots = dom.count('class="plotly-graph-div')
-    assert plots == 4 and dom.count('<svg class="main-svg"') >= plots  # curves twice, coordinates, importance
+def test_a_browser_draws_the_page_and_sorts_its_table(tiny, browser):
+    browser.get((tiny[0] / "logs/sweeps/tiny/report.html").as_uri())
+    results = {row["name"][:3]: row for row in rows(tiny[0] / "logs/sweeps/tiny")}
+
+    def order():
+        return [row.text for row in browser.find_elements("css selector", "#runs tbody td:first-child")]
+
+    (head,) = (head for head in browser.find_elements("css selector", "#runs th") if head.text == "val/acc")
+    for sign in (1, -1):
+        head.click()
+        assert order() == sorted(order(), key=lambda run: sign * float(results[run]["val/acc"]))
+    assert sorted(order()) == sorted(results)
+    plots = browser.find_elements("css selector", ".plotly-graph-div")
+    assert len(plots) == 4  # the best run, all curves, coordinates, importance
+    assert all(plot.find_elements("css selector", "svg.main-svg") for plot in plots)
+    assert sum("nesterov" in plot.text for plot in plots) == 2  # the last two
+    pictures = browser.find_elements("css selector", "img")
+    assert [picture.get_property("naturalWidth") > 500 for picture in pictures] == [True, True]
 
 
 def test_a_sweep_with_failed_runs_says_what_is_missing(foreign):

@@ -1,0 +1,90 @@
+"""TensorBoard over a finished sweep, as a real browser shows it."""
+
+import contextlib
+import json
+import time
+
+import pytest
+from conftest import tensorboard
+from selenium.common.exceptions import WebDriverException
+from sweeps import NAMES
+
+METRICS = ["val/loss", "val/acc", "test/loss", "test/acc"]
+ALL_TEXT = """
+const texts = []
+const walk = node => {
+  if (node.shadowRoot) walk(node.shadowRoot)
+  for (const child of node.childNodes) {
+    if (child.nodeType == 3) texts.push(child.textContent.trim())
+    else if (!/SCRIPT|STYLE/.test(child.nodeName)) walk(child)
+  }
+}
+walk(document.body)
+return texts.filter(text => text)
+"""
+ALL_PICTURES = (
+    ALL_TEXT.replace("if (child.nodeType == 3) texts.push(child.textContent.trim())", "")
+    .replace(
+        "if (node.shadowRoot)", "if (node.nodeName == 'IMG') texts.push(node.naturalWidth)\n  if (node.shadowRoot)"
+    )
+    .replace("else if", "if")
+)
+
+
+@pytest.fixture(scope="module")
+def server(tiny):
+    with tensorboard(tiny[0] / "logs/sweeps/tiny") as (url, get):
+        yield url, get
+
+
+def see(browser, url: str, enough, script: str = ALL_TEXT) -> list:
+    """Opens a page and waits until what it shows is enough."""
+    browser.get("about:blank")
+    browser.get(url)
+    end = time.monotonic() + 60
+    while True:
+        shown = []
+        with contextlib.suppress(WebDriverException):  # the page is still being built
+            shown = browser.execute_script(script)
+            if enough(shown):
+                return shown
+        assert time.monotonic() < end, shown
+        time.sleep(0.5)
+
+
+def shows(*wanted: str):
+    return lambda texts: all(text in " ".join(texts) for text in wanted)
+
+
+def test_hparams_has_all_runs_with_what_was_swept_and_the_four_metrics(tiny, server, browser):
+    experiment = server[1]("plugin/hparams/experiment", {})
+    assert [info["name"] for info in experiment["hparamInfos"]] == ["model.net.l1_chan", "model.optimizer.nesterov"]
+    shown = see(browser, f"{server[0]}/#hparams", shows(*NAMES))
+    for name, values in zip(NAMES, (("4.0000", "false"), ("4.0000", "true"), ("8.0000", "false"), ("8.0000", "true"))):
+        row = shown[shown.index(name) :][: 1 + len(values) + len(METRICS)]
+        metrics = json.loads((tiny[0] / "logs/sweeps/tiny" / name / "metrics.json").read_text())
+        assert row[1:3] == list(values)
+        assert [float(text) for text in row[3:]] == pytest.approx([metrics[key] for key in METRICS], rel=1e-4)
+
+
+def test_scalars_have_each_run_and_the_metrics(server, browser):
+    shown = see(browser, f"{server[0]}/#scalars&tagFilter=val", shows("tag: val/loss", "tag: val/acc"))
+    assert set(NAMES) <= set(shown)
+
+
+def test_histograms_have_the_names_of_the_layers(server, browser):
+    see(browser, f"{server[0]}/#histograms&tagFilter=conv1", shows("tag: act/net.conv1", *NAMES))
+    tags = server[1]("plugin/histograms/tags")[NAMES[0]]
+    assert {tag.partition("/")[0] for tag in tags} == {"act", "grad", "param"}
+    assert {"param/net.conv1.weight", "grad/net.fc2.bias"} <= set(tags)
+
+
+def test_images_are_shown(server, browser):
+    see(browser, f"{server[0]}/#images", shows("tag: test/confusion_matrix", "tag: test/worst_classified"))
+    widths = see(browser, f"{server[0]}/#images", lambda widths: len([w for w in widths if w]) == 8, ALL_PICTURES)
+    assert min(width for width in widths if width) >= 600
+
+
+def test_the_graph_shows_the_net(server, browser):
+    shown = see(browser, f"{server[0]}/#graphs", lambda texts: any("CNN" in text for text in texts))
+    assert set(NAMES) <= set(shown)
