@@ -65,7 +65,9 @@ img { max-width: 100% }
 <table><tr>{% for key in metrics %}<th>{{ key }}{% endfor %}</tr>
 <tr>{% for key in metrics %}<td>{{ show(best.metrics.get(key), key) }}{% endfor %}</tr></table>
 <p>Run it again: <code>{{ best.command }}</code></p>
-{{ plots.best }}
+{% if plots.best %}<h3>Did it overfit?</h3>
+<p>Its losses in training. Where the one on training data goes on falling and the one on validation data rises, it did.</p>
+{{ plots.best }}{% endif %}
 <div class="pictures">{% for tag, picture in pictures.items() %}
 <figure><figcaption>{{ tag }}</figcaption>
 <img alt="{{ tag }} of the best run" src="data:image/png;base64,{{ picture }}"></figure>
@@ -73,7 +75,7 @@ img { max-width: 100% }
 {% endif %}
 
 <h2>All runs</h2>
-<p>A click on a column's head sorts by it.</p>
+<p>The best first. A click on a column's head sorts by it.</p>
 <div class="wide"><table id="runs"><thead><tr>
 {% for key in ["run", "status"] + axes + metrics + ["run it again"] %}<th>{{ key }}{% endfor %}</tr></thead><tbody>
 {% for run in runs %}<tr><td>{{ run.number }}<td>{{ run.status }}
@@ -323,7 +325,7 @@ def report(folder: Path, metric: str | None = None, mode: Literal["max", "min"] 
         means[key] = [(label, float(np.mean(some)) if some else math.nan, len(some)) for label, some in groups.items()]
     page = PAGE.render(
         root=folder.resolve(),
-        runs=runs,
+        runs=[*finished, *(run for run in runs if run not in finished)],
         finished=finished,
         best=best,
         others=others,

@@ -28,6 +28,7 @@ def test_a_sweep_ends_with_a_page_that_has_its_facts(tiny):
     results = sorted(rows(tiny[0] / "logs/sweeps/tiny"), key=lambda row: -float(row["val/acc"]))
     best = results[0]
     assert f"{best['name']} reached val/acc {float(best['val/acc']):.4f}" in text
+    assert re.findall(r"(\d{3}) finished", text) == [row["name"][:3] for row in results]  # the best first
     for row in results:
         assert f"{row['name'][:3]} finished {row['model.net.l1_chan']} {row['model.optimizer.nesterov']}" in text
         assert f"python main.py fit --config logs/sweeps/tiny/configs/{row['name']}.yaml" in text
