@@ -66,7 +66,7 @@ img { max-width: 100% }
 <tr>{% for key in metrics %}<td>{{ show(best.metrics.get(key), key) }}{% endfor %}</tr></table>
 <p>Run it again: <code>{{ best.command }}</code></p>
 {% if plots.best %}<h3>Did it overfit?</h3>
-<p>Its losses in training. Where the one on training data goes on falling and the one on validation data rises, it did.</p>
+<p>Where the loss on training data goes on falling while the one on validation data rises, it did.</p>
 {{ plots.best }}{% endif %}
 <div class="pictures">{% for tag, picture in pictures.items() %}
 <figure><figcaption>{{ tag }}</figcaption>
