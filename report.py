@@ -2,7 +2,7 @@
 
 The page holds all that it shows, so it opens from disk, without a network. Everything comes from the sweep's folder:
 settings and metrics as sweep.py reads them, curves and pictures from TensorBoard's event files, where there are any.
-Optuna says how much each setting mattered; Plotly draws. Both, and jinja2, come with `pip install '.[report]'`.
+Optuna and Plotly draw; they and jinja2 come with `pip install '.[report]'`.
 """
 
 import base64
@@ -10,6 +10,7 @@ import math
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -134,8 +135,8 @@ SECTIONS = (
     (
         "importance",
         "Which setting matters",
-        "The share of the metric's variance that a setting explains (fANOVA, Hutter et al. 2014), and whether more of"
-        " it goes with more or less of the metric.",
+        "The share of the metric's variance that lies between a setting's values, and whether more of it goes with more"
+        " or less of the metric. What two settings do only together is in neither's share.",
     ),
 )
 
@@ -232,14 +233,25 @@ def choice(run: Run, key: str) -> Any:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else run.labels[key]
 
 
-def draw_importance(study: optuna.Study, runs: list[Run], metric: str) -> go.Figure | None:
+def explained(labels: list[str], metrics: list[float]) -> float:
+    """The share of the metric's variance that lies between a setting's values: the correlation ratio, squared.
+
+    Source: Pearson, On the general theory of skew correlation and non-linear regression, 1905.
+    """
+    groups: dict[str, list[float]] = {}
+    for name, value in zip(labels, metrics):
+        groups.setdefault(name, []).append(value)
+    between = sum(len(group) * (np.mean(group) - np.mean(metrics)) ** 2 for group in groups.values())
+    return float(between / (np.var(metrics) * len(metrics)))
+
+
+def draw_importance(runs: list[Run], keys: Iterable[str], metric: str) -> go.Figure | None:
     """How much of the metric's variance each setting explains, coloured by the sign of its correlation."""
-    try:
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        importances = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    except (RuntimeError, ValueError):  # too few runs, or all alike
-        return None
     metrics = [run.metrics[metric] for run in runs]
+    if len(set(metrics)) == 1:
+        return None
+    importances = {key: explained([run.labels[key] for run in runs], metrics) for key in keys}
+    importances = dict(sorted(importances.items(), key=lambda item: -item[1]))
     signs = {key: correlation([run.values[key] for run in runs], metrics) for key in importances}
     figure = go.Figure(layout={"xaxis_title": "importance", "height": 150 + 40 * len(importances)})
     for name, color, keys in (
@@ -314,7 +326,7 @@ def report(folder: Path, metric: str | None = None, mode: Literal["max", "min"] 
         study = to_study(finished, metric, mode)
         if study.trials[0].params:
             plots["parallel"] = optuna.visualization.plot_parallel_coordinate(study, target_name=metric)
-            plots["importance"] = draw_importance(study, finished, metric)
+            plots["importance"] = draw_importance(finished, study.trials[0].params, metric)
         if not plots.get("importance"):
             missing.append("There are too few different finished runs to say which setting matters.")
     means: dict[str, list[tuple[str, float, int]]] = {}

@@ -101,3 +101,11 @@ def test_correlation_is_pearsons():
     assert report.correlation([1, 2, 3], [2.0, 4.0, 6.0]) == pytest.approx(1)
     assert report.correlation([False, True, False, True], [0.4, 0.2, 0.4, 0.2]) == pytest.approx(-1)
     assert str(report.correlation(["a", "b"], [1.0, 2.0])) == str(report.correlation([1, 1], [1.0, 2.0])) == "nan"
+
+
+def test_explained_variance_adds_up_where_settings_act_apart():
+    width, depth = [1, 1, 2, 2], [1, 2, 1, 2]
+    metrics = [10.0 * a + b for a, b in zip(width, depth)]
+    shares = [report.explained([str(value) for value in values], metrics) for values in (width, depth)]
+    assert shares == pytest.approx([100 / 101, 1 / 101])
+    assert report.explained(["a", "b", "c", "d"], metrics) == pytest.approx(1)
