@@ -24,7 +24,9 @@ FIXED = {f"trainer.limit_{stage}_batches": 1 for stage in ("train", "val", "test
 def run(*args: str) -> float:
     """Seconds that a command took."""
     start = time.monotonic()
-    subprocess.run([sys.executable, *args], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.exit(done.stdout)
     return time.monotonic() - start
 
 
