@@ -7,6 +7,7 @@
 - A user's mistake found before anything is written, and told in one line.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -230,6 +231,7 @@ class ExperimentCLI(LightningCLI):
                 raise MisconfigurationException(f"there is no run in {root}: fit first, or give --ckpt_path=FILE")
             config.ckpt_path = find_checkpoint(runs[-1], config.ckpt_path or "best")
         torch.set_num_threads(config.num_threads)
+        self.swept = swept(config.config or [])
         # Without ckpt_path: a resumed run ends like one that was never stopped, and needs no other run's file for it.
         dump = self.parser.dump(self.config, "json", skip_unset=False, skip_validation=True)
         self.settings = {**json.loads(dump)[self.subcommand], "ckpt_path": None, "run_dir": None}
@@ -349,8 +351,7 @@ class ExperimentCLI(LightningCLI):
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                shown = hyperparameters(self.settings, swept(self.config_init.fit.config or []))
-                logger.log_hyperparams(shown, metrics, trainer.global_step)
+                logger.log_hyperparams(hyperparameters(self.settings, self.swept), metrics, trainer.global_step)
         print(table(metrics))
         metrics |= {
             "epochs": epochs,
@@ -364,8 +365,8 @@ class ExperimentCLI(LightningCLI):
 
 def swept(configs: Sequence[Any]) -> dict[str, Any]:
     """What a sweep varies, as the first line of a config file says that sweep.py wrote; nothing in other files."""
-    for path in configs:
-        with open(path.absolute, encoding="utf-8") as file:
+    for path in filter(None, configs):  # None: settings typed in place of a file's name
+        with contextlib.suppress(OSError, ValueError), open(path.absolute, encoding="utf-8") as file:
             if (line := file.readline()).startswith("# swept: "):
                 return json.loads(line.removeprefix("# swept: "))
     return {}

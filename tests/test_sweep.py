@@ -76,6 +76,11 @@ def test_a_written_config_is_that_of_the_run_and_gives_the_same_numbers_alone(ti
     assert metrics_of(run) == metrics_of(sweeps / NAMES[3])
 
 
+def test_settings_typed_in_place_of_a_config_file_are_trained(folder):
+    main(["fit", *BASE, '--config={"trainer": {"max_epochs": 1}}', *SHORT[1:], "--wandb=null"])
+    assert metrics_of(Path("logs/mnist/version_0"))["epochs"] == 1
+
+
 def test_both_dashboards_tell_the_runs_apart(tiny):
     for name in NAMES:
         (event_file,) = (tiny[0] / "logs/sweeps/tiny" / name).glob("events.*")
