@@ -882,6 +882,11 @@ def main(args: list[str] | None = None) -> int:
     )
     parser.add_function_arguments(sweep)
     try:
+        first_keys = [match[0] for arg in args if (match := re.match(r"--(fixed|grid)\.[^.=]+\.", arg))]
+        if len(set(first_keys)) < len(first_keys):  # jsonargparse would keep the last one only
+            raise Mistake(
+                "--fixed.KEY and --grid.KEY can be given once for each KEY: give --fixed='{KEY.A: 1, KEY.B: 2}'"
+            )
         settings = parser.parse_args(args).as_dict()
         settings.pop("config")
         return sweep(**settings)

@@ -291,6 +291,7 @@ MISTAKES = {
     "no name": (["--name="], "can't be the name of a folder"),
     "no configs": (["--config=nix.yaml"], "File does not exist: "),
     "setting": (["--nmae=x"], "unknown setting nmae (did you mean name?)"),
+    "lost": (["--fixed.trainer.max_epochs=1", "--fixed.trainer.min_epochs=1"], "can be given once for each KEY"),
     "limit": (["--limit=0"], 'key "limit"'),
     "mode": (["--mode=best"], "Expected a typing.Literal['max', 'min']. Got value: best"),
 }
