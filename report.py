@@ -162,7 +162,6 @@ def read_runs(root: Path, metric: str, program: str) -> list[Run]:
     swept = {name: sweep.swept_values(root / "configs" / f"{name}.yaml") for name in names}
     shown = sweep.swept_labels(root, names)
     axes = sweep.short_names(dict.fromkeys(key for values in swept.values() for key in values))
-    script = program.partition(":")[0].replace(".", "/") + ".py"
     runs = []
     for name in names:
         status, details = sweep.status(root, name, metric)
@@ -178,7 +177,7 @@ def read_runs(root: Path, metric: str, program: str) -> list[Run]:
                 metrics=details if status == "finished" else {},
                 values=values,
                 labels=labels,
-                command=f"python {script} fit --config {config}",
+                command=f"python {sweep.script(program)} fit --config {config}",
                 log=root / name / "output.log",
             )
         )

@@ -199,6 +199,11 @@ def import_program(program: str) -> Any:
         raise Mistake(f"program {program} can't be imported: {type(error).__name__}: {error}") from error
 
 
+def script(program: str) -> str:
+    """The file of a program, for a command line."""
+    return program.partition(":")[0].replace(".", "/") + ".py"
+
+
 class Grid:
     """All combinations of a grid, as the program's own parser understands them.
 
@@ -436,7 +441,7 @@ def train(root: Path, name: str, program: str, takes_run_dir: bool) -> None:
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # Ctrl-C is for the sweep, which passes it on
     die_with_sweep()
-    os.environ |= {"WANDB_RUN_GROUP": root.name, "WANDB_NAME": name}  # before W&B reads them
+    os.environ |= {"WANDB_RUN_GROUP": root.name, "WANDB_NAME": name, "WANDB_PROGRAM": script(program)}  # W&B reads them
     text = config.read_text(encoding="utf-8")
     if "WandbLogger" in text:
         threading.Thread(target=start_wandb_service, daemon=True).start()

@@ -282,13 +282,14 @@ def draw_confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     for (row, column), count in np.ndenumerate(counts):
         if count:
             weight = "bold" if row == column else "normal"
-            axes.text(column, row, str(count), ha="center", va="center", weight=weight, fontsize=9)
-    axes.set_xticks(range(len(classes)), classes, rotation=0 if longest < 3 else 45)
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("target")
+            axes.text(column, row, str(count), ha="center", va="center", weight=weight, fontsize=12)
+    size = 12 if longest < 3 else 10
+    axes.set_xticks(range(len(classes)), classes, rotation=0 if longest < 3 else 45, fontsize=size)
+    axes.set_yticks(range(len(classes)), classes, fontsize=size)
+    axes.set_xlabel("predicted", fontsize=12)
+    axes.set_ylabel("target", fontsize=12)
     right, total = np.trace(counts), counts.sum()
-    axes.set_title(f"test: {total - right:,} errors among {total:,} images, accuracy {right / total:.4f}")
+    axes.set_title(f"test: {total - right:,} errors among {total:,} images, accuracy {right / total:.4f}", fontsize=13)
     return figure
 
 

@@ -34,7 +34,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from mnist_cnn.callbacks import Histograms, ModelGraph, PredictionWriter, TestPictures
 from mnist_cnn.errors import Parser, fail
 from mnist_cnn.files import remove_if_empty, write_atomically
-from mnist_cnn.loggers import RunFolderTensorBoard, finish_wandb, hyperparameters, start_wandb
+from mnist_cnn.loggers import RunFolderTensorBoard, finish_wandb, flatten, log_hyperparameters, start_wandb
 
 # What libraries say to each other or in praise of themselves; a user can do nothing about it.
 WARNINGS = [
@@ -310,7 +310,7 @@ class ExperimentCLI(LightningCLI):
                 callback.dirpath = str(self.run_dir.absolute() / "checkpoints")
         for logger in trainer.loggers:
             if isinstance(logger, RunFolderTensorBoard):
-                logger.run_dir = str(self.run_dir)
+                logger.begin(str(self.run_dir))
         self._start_wandb()
 
     def before_validate(self) -> None:
@@ -351,7 +351,7 @@ class ExperimentCLI(LightningCLI):
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(hyperparameters(self.settings, self.swept), metrics, trainer.global_step)
+                log_hyperparameters(logger, self.settings, self.swept, metrics, trainer.global_step)
         print(table(metrics))
         metrics |= {
             "epochs": epochs,
@@ -451,7 +451,7 @@ def check_checkpoint(
     if not checkpoint.get("optimizer_states"):
         raise MisconfigurationException(f"checkpoint {path} holds weights only: training can't go on from it")
     made_with = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if key[0] != "_"}
-    old, new = (hyperparameters({"model": value}) for value in (made_with, settings.get("init_args", {})))
+    old, new = (flatten({"model": value}) for value in (made_with, settings.get("init_args", {})))
     for name in {**old, **new} if made_with else {}:
         if old.get(name) != new.get(name):
             raise MisconfigurationException(

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shlex
 import shutil
 import sys
 import urllib.error
@@ -29,10 +30,16 @@ class RunFolderTensorBoard(TensorBoardLogger):
         flush_secs: Seconds after which they are written.
     """
 
-    run_dir: str | None = None  # set by the CLI when a fit begins
+    run_dir: str | None = None
 
     def __init__(self, max_queue: int = 10, flush_secs: int = 120) -> None:
         super().__init__("", name="", version="", default_hp_metric=False, max_queue=max_queue, flush_secs=flush_secs)
+
+    def begin(self, run_dir: str) -> None:
+        """Begins a run in its folder, with charts of training and validation together in the tab Custom Scalars."""
+        self.run_dir = run_dir
+        charts = {name: ["Multiline", [f"(train|val)/{name}"]] for name in ("loss", "acc")}
+        self.experiment.add_custom_scalars({"train and val": charts})
 
     @property
     def log_dir(self) -> str:
@@ -96,18 +103,8 @@ def log_figure(trainer: Trainer, tag: str, figure: Figure) -> None:
             logger.log_image(tag, [picture], trainer.global_step)
 
 
-def hyperparameters(config: dict[str, Any], swept: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Settings by short names, as TensorBoard's HParams tab wants them.
-
-    Args:
-        config: A run's whole config.
-        swept: What a sweep varies: key as on the command line -> value. Only that is shown then, beside which a tab
-            of all settings would be hard to read.
-
-    Returns:
-        Flat: `{"model.net": "CNN", "model.net.l1_chan": 4, ...}`, of seed, model and data where nothing was swept. What
-        is null is left out, or "null" if it was swept.
-    """
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings by short names: `{"model.net": "CNN", "model.net.l1_chan": 4, ...}`, without what is null."""
     flat: dict[str, Any] = {}
 
     def add(name: str, value: Any) -> None:
@@ -121,17 +118,43 @@ def hyperparameters(config: dict[str, Any], swept: dict[str, Any] | None = None)
             plain = isinstance(value, int | float | str) and not isinstance(value, bool)
             flat[name] = value if plain else json.dumps(value)  # TensorBoard would show true as 1.0000
 
-    for name in config if swept else ("seed_everything", "model", "data"):
-        add(name, config.get(name))
+    for name, value in config.items():
+        add(name, value)
+    return flat
+
+
+def log_hyperparameters(
+    logger: TensorBoardLogger, config: dict[str, Any], swept: dict[str, Any], metrics: dict[str, float], step: int
+) -> None:
+    """Fills the run's row in TensorBoard's HParams tab.
+
+    In a sweep, that is what was swept, and the metrics. Otherwise it is seed, model and data, of which TensorBoard puts
+    in front what differs between runs; it does so only where no run says which columns there are, as those of a sweep
+    and Lightning's do.
+
+    Args:
+        logger: Where to.
+        config: The run's whole config.
+        swept: What a sweep varies: key as on the command line -> value.
+        metrics: Those at the end.
+        step: The step to log them at.
+    """
     if not swept:
-        return flat
+        from torch.utils.tensorboard.summary import hparams
+
+        _, *row = hparams(flatten({name: config[name] for name in ("seed_everything", "model", "data")}), metrics)
+        for summary in row:
+            logger.experiment._get_file_writer().add_summary(summary, step)
+        return
+    flat = flatten(config)
     shown: dict[str, Any] = {}
     for key, value in swept.items():
         name = key.replace(".init_args", "").removesuffix(".class_path")
         shown[name] = str(value) if key == "config" else flat.get(name, "null")  # which files were laid over it
-        if isinstance(value, dict):
-            shown |= {other: item for other, item in flat.items() if other.startswith(f"{name}.")}
-    return shown
+        if isinstance(value, dict):  # a class with its arguments
+            arguments = (item.removeprefix(f"{name}.") for item in flat if item.startswith(f"{name}."))
+            shown[name] = " ".join([str(shown[name]), *(f"{item}={flat[f'{name}.{item}']}" for item in arguments)])
+    logger.log_hyperparams(shown, metrics, step)
 
 
 def start_wandb(logger: WandbLogger) -> Any:
@@ -178,7 +201,7 @@ def start_wandb(logger: WandbLogger) -> Any:
         print(f"W&B: {error}", file=sys.stderr)
         set_mode("offline")
         run = logger.experiment
-    if run.url:
+    if not run.offline and run.url:
         print(f"W&B: {run.url}")
     return run
 
@@ -203,7 +226,8 @@ def finish_wandb(run: Any, status: int, keep: bool) -> None:
     elif offline:
         if folder.is_relative_to(Path.cwd()):
             folder = folder.relative_to(Path.cwd())
-        print(f"W&B: look at the run with `wandb leet {folder}`, upload it with `wandb sync {folder}`")
+        quoted = shlex.quote(str(folder))
+        print(f"W&B: look at the run with `wandb leet {quoted}`, upload it with `wandb sync {quoted}`")
 
 
 def answers(url: str) -> bool:

@@ -1,13 +1,19 @@
-"""TensorBoard over a finished sweep, as a real browser shows it."""
+"""TensorBoard over a finished sweep, as a real browser shows it; W&B's runs, as its own reader and agent see them."""
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
-from conftest import tensorboard
+import yaml
+from conftest import REPO, SHORT, tensorboard
 from selenium.common.exceptions import WebDriverException
 from sweeps import NAMES
+from wandb.wandb_agent import Agent
 
 METRICS = ["val/loss", "val/acc", "test/loss", "test/acc"]
 ALL_TEXT = """
@@ -88,3 +94,53 @@ def test_images_are_shown(server, browser):
 def test_the_graph_shows_the_net(server, browser):
     shown = see(browser, f"{server[0]}/#graphs", lambda texts: any("CNN" in text for text in texts))
     assert set(NAMES) <= set(shown)
+
+
+# W&B
+
+
+def leet(folder: Path, *options: str) -> list[dict]:
+    """What W&B's own reader says of an offline run."""
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", *options, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return [json.loads(done.stdout)] if options else [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_wandb_has_each_run_with_name_group_command_and_what_was_swept(tiny):
+    shown = {}
+    for folder in (tiny[0] / "logs/wandb").glob("offline-run-*"):
+        records = {record["type"]: record[record["type"]] for record in reversed(leet(folder)[:5])}
+        assert (records["run"]["project"], records["run"]["run_group"]) == ("mnist", "tiny")
+        config = leet(folder, "--summary")[0]["config"]
+        assert not [key for key in config if "." in key]  # each setting once
+        net, optimizer = (config["model"]["init_args"][key]["init_args"] for key in ("net", "optimizer"))
+        name = records["run"]["display_name"]
+        shown[name] = f"{name[:3]}-l1_chan={net['l1_chan']}-nesterov={json.dumps(optimizer['nesterov'])}"
+        assert records["environment"]["program"] == "main.py"
+        assert f"--config=logs/sweeps/tiny/configs/{name}.yaml" in records["environment"]["args"]
+    assert sorted(shown) == NAMES and all(name == told for name, told in shown.items())
+
+
+def test_an_agent_of_a_wandb_sweep_runs_main(folder, monkeypatch):
+    for name in ("main.py", "mnist_cnn", "configs", "data"):
+        (folder / name).symlink_to(REPO / name)
+    content = yaml.safe_load((REPO / "configs/wandb_sweep.yaml").read_text())
+    for name, value in {"MODE": "offline", "SWEEP_ID": "search", "DIR": str(folder)}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    for name in ("RUN_ID", "SWEEP_PARAM_PATH"):  # the agent sets them
+        monkeypatch.setenv(f"WANDB_{name}", "")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    agent = Agent(api=None, queue=None)
+    agent._sweep_command = [*content["command"], *SHORT]
+    values = {"model.net.l1_chan": 8, "model.optimizer.lr": 0.0123, "model.optimizer.nesterov": True}
+    assert values.keys() == content["parameters"].keys()
+    arguments = {key: {"value": value} for key, value in values.items()}
+    agent._command_run({"run_id": "first", "program": content["program"], "args": arguments})
+    assert agent._run_processes["first"].wait() == 0
+    (told,) = leet(folder / "logs/wandb/latest-run", "--summary")
+    assert told["run_id"] == "first" and values.items() <= told["config"].items()
+    model = told["config"]["model"]["init_args"]
+    assert model["net"]["init_args"]["l1_chan"] == 8
+    assert (model["optimizer"]["init_args"]["lr"], model["optimizer"]["init_args"]["nesterov"]) == (0.0123, True)
+    metrics = json.loads((folder / "logs/mnist/version_0/metrics.json").read_text())
+    assert told["summary"][content["metric"]["name"]] == pytest.approx(metrics["val/acc"])

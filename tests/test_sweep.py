@@ -81,19 +81,13 @@ def test_settings_typed_in_place_of_a_config_file_are_trained(folder):
     assert metrics_of(Path("logs/mnist/version_0"))["epochs"] == 1
 
 
-def test_both_dashboards_tell_the_runs_apart(tiny):
+def test_tensorboard_has_each_runs_metrics_and_what_was_swept(tiny):
     for name in NAMES:
         (event_file,) = (tiny[0] / "logs/sweeps/tiny" / name).glob("events.*")
         accumulator = EventAccumulator(str(event_file)).Reload()
         assert {"val/loss", "val/acc", "test/loss", "test/acc"} <= set(accumulator.Tags()["scalars"])
         content = accumulator.summary_metadata["_hparams_/session_start_info"].plugin_data.content
         assert b"model.net.l1_chan" in content and b"model.optimizer.nesterov" in content
-    runs = sorted((tiny[0] / "logs/wandb").glob("offline-run-*/run-*.wandb"))
-    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json"]
-    told = [subprocess.run([*command, str(run)], capture_output=True, text=True, timeout=60) for run in runs]
-    assert len(told) == 4
-    for name in NAMES:
-        assert sum(name in one.stdout and '"tiny"' in one.stdout for one in told) == 1, name
 
 
 def test_the_same_command_again_trains_nothing(tiny):
