@@ -216,7 +216,7 @@ class EpochProgressBar(TQDMProgressBar):
                 if metric:
                     stages[stage] = stages.get(stage, stage) + f" {metric} {value:.4f}"
             seconds = time.monotonic() - self._start
-            tqdm.write("   ".join([f"epoch {trainer.current_epoch:2}", *stages.values(), f"{seconds:.1f} s"]))
+            tqdm.write("  ".join([f"epoch {trainer.current_epoch:2}", *stages.values(), f"{seconds:.1f} s"]))
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -179,6 +179,8 @@ def start_wandb(logger: WandbLogger) -> Any:
     # Absolute, since W&B's server process may have been started in another folder; there, since W&B would go elsewhere.
     logger._wandb_init["dir"] = os.path.abspath(logger.save_dir or ".")
     os.makedirs(logger._wandb_init["dir"], exist_ok=True)
+    if logger._wandb_init.get("anonymous") is None:
+        logger._wandb_init.pop("anonymous", None)  # W&B warns of it, given or not
     in_yaml = "offline" if logger._offline else logger._wandb_init.get("mode")
     logger._offline = False  # Lightning would set WANDB_MODE for the whole process
     wanted = os.environ.get("WANDB_MODE") or in_yaml

@@ -1,7 +1,9 @@
 """report.py, on real sweeps, and its page in a real browser."""
 
 import html
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +70,7 @@ def test_a_sweep_with_failed_runs_says_what_is_missing(foreign):
     assert sweep.main([*LOSS, "--name=tiny", "--base=[]", axes, "--max_failures=9"]) == 1
     text = text_of(Path("logs/sweeps/tiny/report.html"))
     assert "8 of 12 runs are finished, 4 failed. Compared by loss (less is better)" in text
-    assert "4 of 12 runs are failed, and are not in the plots." in text
+    assert "Not in the plots: 4 of 12 runs, failed." in text
     assert "000-fault=exit-config=null-bias=false failed this fault was asked for" in text
     assert "fault exit: (0) null:" in text and "config null: " in text and "slow: " in text
     best = min((row for row in rows() if row["loss"]), key=lambda row: float(row["loss"]))
@@ -81,6 +83,26 @@ def test_a_sweep_that_has_not_begun_gets_an_honest_page(foreign):
     text = text_of(report.report(Path("logs/sweeps/tiny")))
     assert "0 of 2 runs are finished, 2 pending" in text and "000 pending 0.1" in text
     assert "The best run" not in text and "Mean" not in text
+
+
+def test_what_is_damaged_is_missing_and_said(tiny, tmp_path):
+    root = tmp_path / "tiny"
+    shutil.copytree(tiny[0] / "logs/sweeps/tiny", root)
+    best, *others = sorted(rows(root), key=lambda row: -float(row["val/acc"]))
+    for event_file in (root / best["name"]).glob("events.*"):  # cut off within the first record
+        event_file.write_bytes(event_file.read_bytes()[:20])
+    metrics = json.loads((root / others[1]["name"] / "metrics.json").read_text())
+    (root / others[1]["name"] / "metrics.json").write_text(json.dumps({"val/loss": metrics["val/loss"]}))
+    (root / others[2]["name"] / "metrics.json").write_text("{")
+    text = text_of(report.report(root))
+    assert "2 of 4 runs are finished, 1 finished without val/acc, 1 " in text
+    assert "Without val/loss in TensorBoard's event files: 1 of 2 finished runs." in text
+    assert f"{best['name']} reached val/acc {float(best['val/acc']):.4f}" in text
+
+
+def test_a_metric_that_no_run_has_is_a_mistake(tiny):
+    with pytest.raises(sweep.Mistake, match=r"no run reports a metric val/ac \(did you mean val/acc\?\)"):
+        report.report(tiny[0] / "logs/sweeps/tiny", metric="val/ac")
 
 
 def test_without_the_extra_the_sweep_ends_well_and_says_what_to_install(foreign):
@@ -106,6 +128,13 @@ def test_correlation_is_pearsons():
 def test_explained_variance_adds_up_where_settings_act_apart():
     width, depth = [1, 1, 2, 2], [1, 2, 1, 2]
     metrics = [10.0 * a + b for a, b in zip(width, depth)]
-    shares = [report.explained([str(value) for value in values], metrics) for values in (width, depth)]
-    assert shares == pytest.approx([100 / 101, 1 / 101])
-    assert report.explained(["a", "b", "c", "d"], metrics) == pytest.approx(1)
+    groups = [[[m for m, v in zip(metrics, values) if v == label] for label in (1, 2)] for values in (width, depth)]
+    assert [report.explained(group) for group in groups] == pytest.approx([100 / 101, 1 / 101])
+    assert report.explained([[metric] for metric in metrics]) == pytest.approx(1)
+
+
+def test_losses_are_compared_epoch_by_epoch_up_to_the_last():
+    train = [(0, 4.0), (1, 2.0), (2, 1.0), (3, 1.0)]
+    val = [(1, 3.0), (3, 3.5), (4, 3.0), (4, 3.0)]  # the last two: the best checkpoint's once more
+    shown = report.losses_of({"train/loss": train, "val/loss": val, "val/acc": val, "test/loss": [(4, 3.0)]})
+    assert shown == {"train/loss": [(1, 3.0), (3, 1.0)], "val/loss": val[:2]}

@@ -81,6 +81,11 @@ def test_settings_typed_in_place_of_a_config_file_are_trained(folder):
     assert metrics_of(Path("logs/mnist/version_0"))["epochs"] == 1
 
 
+def test_nothing_is_warned_of(tiny):
+    for name in NAMES:
+        assert "warn" not in (tiny[0] / "logs/sweeps/tiny" / name / "output.log").read_text().lower()
+
+
 def test_tensorboard_has_each_runs_metrics_and_what_was_swept(tiny):
     for name in NAMES:
         (event_file,) = (tiny[0] / "logs/sweeps/tiny" / name).glob("events.*")
