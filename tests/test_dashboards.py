@@ -78,6 +78,11 @@ def test_scalars_have_each_run_and_the_metrics(server, browser):
     assert set(NAMES) <= set(shown)
 
 
+def test_custom_scalars_have_training_and_validation_together(server, browser):
+    shown = see(browser, f"{server[0]}/#custom_scalars", shows("train and val", "Matches"))
+    assert {"loss", "acc", *NAMES} <= set(shown)
+
+
 def test_histograms_have_the_names_of_the_layers(server, browser):
     see(browser, f"{server[0]}/#histograms&tagFilter=conv1", shows("tag: act/net.conv1", *NAMES))
     tags = server[1]("plugin/histograms/tags")[NAMES[0]]

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from mnist_cnn import CNN, LitClassifier
 
 LAYERS = ["conv1", "relu1", "conv2", "relu2", "conv3", "relu3", "fc1", "relu4", "fc2"]
+ALL = {"allowedStatuses": ["STATUS_SUCCESS"], "colParams": [], "startIndex": 0, "sliceSize": 10}  # of HParams' rows
 
 
 @pytest.fixture(scope="module")
@@ -196,10 +197,7 @@ def test_tensorboard_serves_all_of_it(fitted, run):
         assert get("plugin/graphs/info")["version_0"]["run_graph"]
         experiment = get("plugin/hparams/experiment", {})
         assert {info["name"] for info in experiment["hparamInfos"]} >= {"model.net.l1_chan", "model.optimizer.lr"}
-        (group,) = get(
-            "plugin/hparams/session_groups",
-            {"allowedStatuses": ["STATUS_SUCCESS"], "colParams": [], "startIndex": 0, "sliceSize": 10},
-        )["sessionGroups"]
+        (group,) = get("plugin/hparams/session_groups", ALL)["sessionGroups"]
         assert group["hparams"]["model.net"] == "CNN" and group["hparams"]["seed_everything"] >= 0
         values = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
         for name in ("val/acc", "val/loss", "test/acc", "test/loss"):
@@ -214,6 +212,16 @@ def test_hparams_of_several_runs_begin_with_what_differs(folder):
         experiment = get("plugin/hparams/experiment", {})
     assert [info["name"] for info in experiment["hparamInfos"]][:2] == ["data.batch_size", "model.net.l1_chan"]
     assert [info["differs"] for info in experiment["hparamInfos"]][:3] == [True, True, False]
+
+
+def test_a_swept_class_with_its_arguments_is_one_column_of_hparams(folder):
+    net = {"class_path": "CNN", "init_args": {"l1_chan": 8}}
+    content = {"model": {"init_args": {"net": net}}}
+    (folder / "run.yaml").write_text(f"# swept: {json.dumps({'model.net': net})}\n{yaml.safe_dump(content)}")
+    main([*FIT, "--wandb=null", "--config=run.yaml"])
+    with tensorboard(folder / "logs/mnist") as (_, get):
+        (group,) = get("plugin/hparams/session_groups", ALL)["sessionGroups"]
+    assert group["hparams"] == {"model.net": "CNN l1_chan=8 l2_chan=8 l3_chan=16 fc1_out=30"}
 
 
 # W&B
