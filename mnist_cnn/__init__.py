@@ -7,6 +7,7 @@ from mnist_cnn.callbacks import EpochProgressBar, Histograms, ModelGraph, Predic
 from mnist_cnn.classifier import LitClassifier
 from mnist_cnn.data import MNISTDataModule
 from mnist_cnn.nets import CNN
+from mnist_cnn.schedules import WarmupCosineLR
 
 __all__ = [
     "CNN",
@@ -17,4 +18,5 @@ __all__ = [
     "ModelGraph",
     "PredictionWriter",
     "TestPictures",
+    "WarmupCosineLR",
 ]

@@ -1,5 +1,7 @@
 """LitClassifier: loss, accuracy, optimizer and schedule around any net that maps images to logits."""
 
+import inspect
+import math
 import os
 from typing import Any
 
@@ -7,8 +9,10 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import CyclicLR
 from torchmetrics.classification import MulticlassAccuracy
 
 Batch = tuple[Tensor, Tensor]  # images [N, 1, H, W], float; targets [N], int64
@@ -20,7 +24,9 @@ class LitClassifier(LightningModule):
     Args:
         net: Maps images [N, 1, H, W] to logits [N, num_classes].
         optimizer: Called with the parameters of the net.
-        lr_scheduler: Called with the optimizer; it steps once an epoch.
+        lr_scheduler: Called with the optimizer, and stepped as it is meant: OneCycleLR, CyclicLR and WarmupCosineLR at
+            each step, ReduceLROnPlateau with val/loss, the others once an epoch. A total_steps that is not given is the
+            number of steps that the trainer will make.
         num_classes: Number of classes.
 
     Raises:
@@ -43,6 +49,7 @@ class LitClassifier(LightningModule):
         self.net = net
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.total_steps: float | None = None  # if the schedule got it from the trainer
         self.val_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.test_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.configure_optimizers()  # thrown away: a wrong setting fails here, before anything is written
@@ -50,6 +57,18 @@ class LitClassifier(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, 1, H, W]."""
         return self.net(images)
+
+    def on_train_start(self) -> None:
+        """Sees to it that a resumed schedule ends when training does.
+
+        Raises:
+            MisconfigurationException: If it doesn't.
+        """
+        for config in self.trainer.lr_scheduler_configs if self.total_steps else []:
+            if (steps := config.scheduler.total_steps) != self.total_steps:  # type: ignore[union-attr]
+                raise MisconfigurationException(
+                    f"the checkpoint's schedule is for {steps} steps, not {self.total_steps}: a resumed run keeps that"
+                )
 
     def on_train_epoch_start(self) -> None:
         """Makes dropout and the like depend on seed, epoch and process alone, so that a resumed run can repeat it."""
@@ -104,11 +123,26 @@ class LitClassifier(LightningModule):
         return self(batch[0]).softmax(dim=1)
 
     def configure_optimizers(self) -> Any:
-        """The injected optimizer, with the injected schedule if there is one."""
+        """The injected optimizer, with the injected schedule if there is one.
+
+        Raises:
+            MisconfigurationException: If the schedule needs the number of steps, and training has no end.
+        """
         optimizer = self.optimizer(self.net.parameters())
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
+        # jsonargparse's callables hold all settings as keywords, those of Python code may leave some out.
+        given = getattr(self.lr_scheduler, "keywords", {})
+        settings = {key: p.default for key, p in inspect.signature(self.lr_scheduler).parameters.items()} | given
+        counts = "total_steps" in settings
+        if counts and settings["total_steps"] is None and settings.get("steps_per_epoch") is None:
+            self.total_steps = self.trainer.estimated_stepping_batches if self._trainer else 1_000
+            if self.total_steps == math.inf:
+                raise MisconfigurationException("the schedule needs the number of steps: set max_epochs or max_steps")
+            scheduler = self.lr_scheduler(optimizer, total_steps=int(self.total_steps))  # type: ignore[call-arg]
+        else:
+            scheduler = self.lr_scheduler(optimizer)
         # Only ReduceLROnPlateau reads a metric; Lightning's version of it says which.
         monitor = getattr(scheduler, "monitor", "val/loss")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+        interval = "step" if counts or isinstance(scheduler, CyclicLR) else "epoch"
+        return [optimizer], [{"scheduler": scheduler, "monitor": monitor, "interval": interval}]
