@@ -42,6 +42,7 @@ WARNINGS = [
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # within Lightning
     r"The '\w+' does not have many workers",  # the images are in memory
     r"torch.distributed.nn.functional.all_gather is deprecated",  # within Lightning
+    r"Total length of `list` across ranks is zero",  # nothing held out for validation
 ]
 MESSAGES = re.compile(
     "Seed set to|GPU available: False|TPU available|💡 Tip|Restoring states from|Loaded model weights from"
@@ -90,6 +91,19 @@ class RunFolder(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_hyperparams(self.cli.settings)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sees to it that what is monitored will be there.
+
+        Raises:
+            MisconfigurationException: If it belongs to a validation, and there is none.
+        """
+        for name in () if sum(trainer.num_val_batches) else ("early_stopping", "checkpoint"):
+            callback = self.cli.config_init.fit[name]
+            if callback in trainer.callbacks and (callback.monitor or "").startswith("val"):  # type: ignore[attr-defined]
+                raise MisconfigurationException(
+                    f"{name} monitors {callback.monitor}, but nothing is validated: give --{name}=null"
+                )
 
     def on_train_batch_end(self, *args: Any) -> None:
         """From here on there is something to lose."""

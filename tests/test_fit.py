@@ -429,6 +429,20 @@ def test_unknown_wandb_mode(folder, monkeypatch, capfd):
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("setting", ["--data.val_size=0", "--trainer.limit_val_batches=0"])
+def test_all_images_can_be_trained_on(folder, capfd, setting):
+    without = [*FIT, *QUIET, setting]
+    assert "give --early_stopping=null" in error_of(capfd, *without)
+    assert "give --checkpoint=null" in error_of(capfd, *without, "--early_stopping=null")
+    assert list(folder.iterdir()) == []
+    cli = main([*without, "--early_stopping=null", "--checkpoint=null"])
+    metrics = metrics_of(folder / "logs/mnist/version_0")
+    assert list(metrics) == ["test/loss", "test/acc", "epochs", "best_checkpoint"]
+    assert metrics["best_checkpoint"] == "checkpoints/last.ckpt"
+    assert "warn" not in capfd.readouterr().err.lower()
+    assert len(cli.datamodule.train_dataloader().dataset) == (60_000 if "val_size" in setting else 54_000)
+
+
 def test_schedule_steps_once_an_epoch(folder):
     cli = main(
         [
