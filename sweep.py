@@ -693,7 +693,8 @@ class Sweep:
         if name:
             metrics = self.finished[name]
             value = metrics.get(self.metric, math.nan)
-            parts.append(f"{name}  {self.metric} {value:.4f}  {metrics.get('seconds', 0):.0f} s")
+            padded = name.ljust(max(map(len, self.names)))
+            parts.append(f"{padded}  {self.metric} {value:.4f}  {metrics.get('seconds', 0):.0f} s")
         if best and not (name and self.live):  # the display has the rest
             parts.append(f"best {self.finished[best[0]].get(self.metric, math.nan):.4f} ({number(best[0])})")
             if self.before < len(best) and done < total:
