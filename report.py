@@ -49,6 +49,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2em .8em; text-align: left; white-space: nowrap; border-bottom: 1px solid #ddd }
 th { position: sticky; top: 0; background: #f4f4f4 }
 #runs th { cursor: pointer }
+#runs th[data-order="1"]::after { content: " ▲" } #runs th[data-order="-1"]::after { content: " ▼" }
+#runs td:first-child { position: sticky; left: 0; background: #fff } #runs .best { font-weight: bold }
 code { background: #f4f4f4; padding: .1em .3em }
 .pictures { display: flex; flex-wrap: wrap; gap: 1em }
 figure { flex: 1 1 30em; margin: 0 }
@@ -66,14 +68,17 @@ img { max-width: 100% }
 <h2>The best run</h2>
 <p><b>{{ best.name }}</b> reached {{ metric }} {{ show(best.metrics[metric]) }}, with
 {% for key, label in best.labels.items() %}{{ key }} <b>{{ label }}</b>{{ ", " if not loop.last }}{% endfor %}.</p>
-<table><tr>{% for key in metrics %}<th>{{ key }}{% endfor %}</tr>
-<tr>{% for key in metrics %}<td>{{ show(best.metrics.get(key), key) }}{% endfor %}</tr></table>
+<div class="wide"><table><tr>{% for key in metrics %}<th>{{ key }}{% endfor %}</tr>
+<tr>{% for key in metrics %}<td>{{ show(best.metrics.get(key), key) }}{% endfor %}</tr></table></div>
+{% if checkpoint %}<p>Numbers and pictures are of the best checkpoint, <code>{{ checkpoint }}</code>.</p>{% endif %}
 <p>Run it again: <code>{{ best.command }}</code></p>
 {% if plots.best %}<h3>Did it overfit?</h3>
-<p>Where the loss on training data goes on falling while the one on validation data rises, it did. Here:
+<p>{{ verdict }} Overfitting is: the loss on validation data rises while the one on training data goes on falling. A
+point of the latter is the mean since the validation before.
 {% for name, points in losses.items() %}{{ name }} {{ show(points[-1][1]) }} at the end, at best
 {{ show(points | map(attribute=1) | min) }}{{ "; " if not loop.last else "." }}{% endfor %}</p>
 {{ plots.best }}{% endif %}
+{% if pictures %}<h3>Its pictures in TensorBoard</h3>{% endif %}
 <div class="pictures">{% for tag, picture in pictures.items() %}
 <figure><figcaption>{{ tag }}</figcaption>
 <img alt="{{ tag }} of the best run" src="data:image/png;base64,{{ picture }}"></figure>
@@ -81,28 +86,39 @@ img { max-width: 100% }
 {% endif %}
 
 <h2>All runs</h2>
-<p>The best first. A click on a column's head sorts by it.</p>
+<p>The best first. A click on a column's head sorts by it, a second one the other way round.</p>
 <div class="wide"><table id="runs"><thead><tr>
 {% for key in ["run", "status"] + axes + metrics + ["run it again"] %}<th>{{ key }}{% endfor %}</tr></thead><tbody>
-{% for run in runs %}<tr><td>{{ run.number }}<td>{{ run.status }}
+{% for run in runs %}<tr{{ ' class="best"' | safe if run == best }}><td>{{ run.number }}<td>{{ run.status }}
 {% for label in run.labels.values() %}<td>{{ label }}{% endfor %}
 {% for key in metrics %}{% set value = run.metrics.get(key) %}
 <td data-value="{{ "" if value is none else value }}">{{ show(value, key) }}{% endfor %}
 <td><code>{{ run.command }}</code></tr>
 {% endfor %}</tbody></table></div>
 
-{% for name, title, text in sections if plots[name] %}
-<h2>{{ title }}</h2>
-<p>{{ text }}</p>
-{{ plots[name] }}
-{% endfor %}
-
+{% if plots.importance %}
+<h2>Which setting matters</h2>
+<p>How much of the variance of {{ metric }} each setting explains by itself.
+{% if total < 1 %}Together that is {{ "%.0f" | format(100 * total) }} %; the rest is chance, and what settings do only
+in combination.{% endif %}</p>
+{{ plots.importance }}
+{% endif %}
 {% if means %}
-<h2>Mean {{ metric }} by setting</h2>
+<h3>Mean {{ metric }} by value</h3>
 <p>Over the finished runs with that value; the number of them in brackets.</p>
 <table>{% for key, row in means.items() %}<tr><th>{{ key }}
 {% for label, mean, count in row %}<td>{{ label }}: <b>{{ show(mean) }}</b> ({{ count }}){% endfor %}
 {% endfor %}</table>
+{% endif %}
+{% if plots.parallel %}
+<h2>Parallel coordinates</h2>
+<p>One line a run, through its settings; the darker, the better. Drag along an axis to pick out runs.</p>
+{{ plots.parallel }}
+{% endif %}
+{% if plots.curves %}
+<h2>{{ curve }} of all runs</h2>
+<p>One line a run; the darker, the better, the best in red. Point at a line to see which it is.</p>
+{{ plots.curves }}
 {% endif %}
 
 {% if failed %}
@@ -116,7 +132,9 @@ img { max-width: 100% }
 const body = document.querySelector("#runs tbody")
 document.querySelectorAll("#runs th").forEach((head, column) => head.onclick = () => {
   const value = row => row.cells[column].dataset.value ?? row.cells[column].textContent
-  const order = head.dataset.order = head.dataset.order == 1 ? -1 : 1
+  const order = head.dataset.order == 1 ? -1 : 1
+  document.querySelectorAll("#runs th").forEach(other => delete other.dataset.order)
+  head.dataset.order = order
   body.append(...[...body.rows].sort((a, b) => {
     const [x, y] = [value(a), value(b)]
     if (!x || !y) return !x - !y  // what has no value stays at the end
@@ -127,22 +145,6 @@ document.querySelectorAll("#runs th").forEach((head, column) => head.onclick = (
 </html>
 """,
     autoescape=True,
-)
-
-# Of the plots of all runs: name, title, what it shows.
-SECTIONS = (
-    ("curves", "How all runs learnt", "One line a run; the better the run, the brighter. The pointer tells its name."),
-    (
-        "parallel",
-        "Parallel coordinates",
-        "One line a run, through its settings; the darker, the better. Drag along an axis to pick out runs.",
-    ),
-    (
-        "importance",
-        "Which setting matters",
-        "The share of the metric's variance that lies between a setting's values, and whether more of it goes with more"
-        " or less of the metric. What two settings do only together is in neither's share.",
-    ),
 )
 
 
@@ -270,26 +272,23 @@ def explained(groups: Iterable[list[float]]) -> float:
     return float(between / (everything.var() * len(everything)))
 
 
-def draw_importance(runs: list[Run], keys: Iterable[str], metric: str) -> go.Figure | None:
+def draw_importance(runs: list[Run], importances: dict[str, float], metric: str) -> go.Figure:
     """How much of the metric's variance each setting explains, coloured by the sign of its correlation."""
     metrics = [run.metrics[metric] for run in runs]
-    if len(set(metrics)) == 1:
-        return None
-    importances = {key: explained(by_label(runs, key, metric).values()) for key in keys}
-    importances = dict(sorted(importances.items(), key=lambda item: -item[1]))
     signs = {key: correlation([run.values[key] for run in runs], metrics) for key in importances}
-    figure = go.Figure(layout={"xaxis_title": "importance", "height": 150 + 40 * len(importances)})
+    figure = go.Figure(layout={"xaxis_title": "share of the variance", "height": 150 + 40 * len(importances)})
     for name, color, keys in (
-        (f"the more, the more {metric}", "#2a7f3f", [key for key, sign in signs.items() if sign > 0]),
-        (f"the more, the less {metric}", "#b3382c", [key for key, sign in signs.items() if sign < 0]),
+        (f"greater values, or true: more {metric}", "#2a7f3f", [key for key, sign in signs.items() if sign > 0]),
+        (f"greater values, or true: less {metric}", "#b3382c", [key for key, sign in signs.items() if sign < 0]),
         ("has no order", "#888888", [key for key, sign in signs.items() if not abs(sign) > 0]),
     ):
         texts = [
             f"{importances[key]:.2f}, correlation {signs[key]:+.2f}".replace(", correlation +nan", "") for key in keys
         ]
         bars = [importances[key] for key in keys]
-        figure.add_bar(x=bars, y=keys, text=texts, orientation="h", name=name, marker_color=color, showlegend=True)
-    return figure.update_yaxes(categoryorder="array", categoryarray=list(importances)[::-1])
+        if keys:
+            figure.add_bar(x=bars, y=keys, text=texts, orientation="h", name=name, marker_color=color, showlegend=True)
+    return figure.update_yaxes(categoryorder="array", categoryarray=sorted(importances, key=importances.__getitem__))
 
 
 def without_best(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -314,22 +313,43 @@ def losses_of(scalars: dict[str, list[tuple[int, float]]]) -> dict[str, list[tup
     return losses
 
 
-def draw_curves(curves: dict[str, list[tuple[int, float]]], title: str, shares: dict[str, float]) -> go.Figure | None:
+def overfit(losses: dict[str, list[tuple[int, float]]]) -> str:
+    """What the losses of training and validation, in this order, say of overfitting; nothing without both."""
+    if len(losses) != 2:
+        return ""
+    (train, train_points), (val, val_points) = losses.items()
+    step, least = min(val_points, key=lambda point: point[1])
+    then = dict(train_points).get(step, 0)
+    if least <= 0 or then <= 0:
+        return ""
+    rise, trend = val_points[-1][1] / least - 1, train_points[-1][1] / then - 1
+    sign = "a sign of overfitting." if rise > 0 > trend else "no sign of overfitting."
+    return f"Since {val} was least, at step {step}, it has changed by {rise:+.0%}, and {train} by {trend:+.0%}: {sign}"
+
+
+def draw_curves(
+    curves: dict[str, list[tuple[int, float]]], title: str, shares: dict[str, float], best: str = ""
+) -> go.Figure | None:
     """Lines over the steps of training.
 
     Args:
         curves: Name -> points.
         title: That of the vertical axis.
         shares: Name -> how good it is, 0 to 1, which is its colour; the others get one each.
+        best: The name of the one to draw in front of the others.
     """
-    figure = go.Figure(layout={"xaxis_title": "step", "yaxis_title": title, "height": 500, "showlegend": not shares})
-    for name, points in curves.items():
-        color = sample_colorscale("Viridis", shares[name])[0] if name in shares else None
-        steps, values = zip(*points)
-        figure.add_scattergl(x=steps, y=values, name=name, mode="lines", line={"color": color, "width": 1.5})
+    figure = go.Figure(layout={"xaxis_title": "step", "height": 500, "showlegend": not shares})
+    figure.update_layout(hoverlabel_namelength=-1)
+    for name in sorted(curves, key=lambda name: shares.get(name, 0)):
+        color = sample_colorscale("Blues", 0.2 + 0.8 * shares[name])[0] if name in shares else None
+        line = {"color": "#d62728", "width": 3} if name == best else {"color": color, "width": 1.5}
+        steps, values = zip(*curves[name])
+        figure.add_scattergl(x=steps, y=values, name=name, mode="lines", line=line)
     if all(value > 0 for points in curves.values() for _, value in points):
-        figure.update_yaxes(type="log", dtick="D2")  # most of training happens near the end's values
-    return figure if curves else None
+        ticks = [digit * 10.0**power for power in range(-8, 8) for digit in (1, 2, 5)]  # Plotly's own would be 1, 2, 5
+        figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+        title += " (log)"
+    return figure.update_yaxes(title=title) if curves else None
 
 
 def report(folder: Path, metric: str | None = None, mode: Literal["max", "min"] | None = None) -> Path:
@@ -344,7 +364,7 @@ def report(folder: Path, metric: str | None = None, mode: Literal["max", "min"] 
         The page.
 
     Raises:
-        sweep.Mistake: If the folder has no configs.
+        sweep.Mistake: If the folder has no configs, or no run has the metric.
     """
     saved = sweep.load(folder / "sweep.yaml") or {}
     metric, mode = metric or saved.get("metric", "val/acc"), mode or saved.get("mode", "max")
@@ -365,26 +385,32 @@ def report(folder: Path, metric: str | None = None, mode: Literal["max", "min"] 
     others = Counter(run.status for run in runs if run.status != "finished")
     missing = [f"Not in the plots: {count} of {len(runs)} runs, {status}." for status, count in others.items()]
     plots: dict[str, go.Figure | None] = {}
+    importances: dict[str, float] = {}
+    tag = metric
     losses: dict[str, list[tuple[int, float]]] = {}
     pictures: dict[str, bytes] = {}
     if best:
         events = {run.name: read_events(folder / run.name) for run in finished}
         tags = {tag for scalars, _ in events.values() for tag in scalars}
-        tag = next((tag for tag in ("val/loss", "val_loss") if tag in tags), metric)
+        tag = next((tag for tag in ("val/loss", "val_loss") if tag in tags), tag)
         curves = {name: without_best(scalars[tag]) for name, (scalars, _) in events.items() if tag in scalars}
         if len(curves) < len(finished):
             count = f"{len(finished) - len(curves)} of {len(finished)} finished runs"
             missing.append(f"Without {tag} in TensorBoard's event files: {count}.")
         shares = {run.name: 1 - index / len(finished) for index, run in enumerate(finished)}
-        plots["curves"] = draw_curves(curves, tag, shares)
+        plots["curves"] = draw_curves(curves, tag, shares, best.name)
         scalars, pictures = events[best.name]
         losses = losses_of(scalars)
         plots["best"] = draw_curves(losses, "loss", {})
         study = to_study(finished, metric, mode)
         if study.trials[0].params:
             plots["parallel"] = optuna.visualization.plot_parallel_coordinate(study, target_name=metric)
-            plots["importance"] = draw_importance(finished, study.trials[0].params, metric)
-        if not plots.get("importance"):
+        if len({run.metrics[metric] for run in finished}) > 1:
+            settings = study.trials[0].params
+            importances = {key: explained(by_label(finished, key, metric).values()) for key in settings}
+        if importances:
+            plots["importance"] = draw_importance(finished, importances, metric)
+        else:
             missing.append("There are too few different finished runs to say which setting matters.")
     means: dict[str, list[tuple[str, float, int]]] = {}
     for key in runs[0].labels:
@@ -404,7 +430,10 @@ def report(folder: Path, metric: str | None = None, mode: Literal["max", "min"] 
         axes=list(runs[0].labels),
         means=means if finished else {},
         failed=[run for run in runs if run.reason],
-        sections=SECTIONS,
+        checkpoint=best and (sweep.load(folder / best.name / "metrics.json") or {}).get("best_checkpoint"),
+        verdict=overfit(losses),
+        total=sum(importances.values()),
+        curve=tag,
         pictures={tag: base64.b64encode(picture).decode() for tag, picture in pictures.items()},
         plots={name: markupsafe.Markup(to_html(figure)) for name, figure in plots.items() if figure},
         plotlyjs=markupsafe.Markup(get_plotlyjs()),

@@ -289,7 +289,10 @@ def draw_confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     axes.set_xlabel("predicted", fontsize=12)
     axes.set_ylabel("target", fontsize=12)
     right, total = np.trace(counts), counts.sum()
-    axes.set_title(f"test: {total - right:,} errors among {total:,} images, accuracy {right / total:.4f}", fontsize=13)
+    title = f"test: {total - right:,} errors among {total:,} images, accuracy {right / total:.4f}"
+    frequent = [np.unravel_index(index, errors.shape) for index in errors.argsort(axis=None, stable=True)[:-4:-1]]
+    pairs = [f"{classes[row]} → {classes[column]} ({counts[row, column]})" for row, column in frequent]
+    axes.set_title(f"{title}\nmost often: {', '.join(pairs)}", fontsize=12)
     return figure
 
 
@@ -310,7 +313,9 @@ def draw_worst(worst: dict[str, np.ndarray], classes: Sequence[str]) -> Figure:
     top = 1.7 * rows / (1.7 * rows + 0.4)
     size = 9 if max(map(len, classes)) < 4 else 6
     axes = figure.add_axes((0, 0, 1, top))
-    figure.text(0.5, (1 + top) / 2, "worst classified: target → predicted (probability)", ha="center", va="center")
+    figure.text(
+        0.5, (1 + top) / 2, "greatest loss first: target → predicted (its probability)", ha="center", va="center"
+    )
     for index in range(count):
         y, x = index // columns * tile_height, index % columns * tile_width
         left = x + (tile_width - width) // 2

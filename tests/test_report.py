@@ -57,9 +57,9 @@ def test_a_browser_draws_the_page_and_sorts_its_table(tiny, browser):
         assert order() == sorted(order(), key=lambda run: sign * float(results[run]["val/acc"]))
     assert sorted(order()) == sorted(results)
     plots = browser.find_elements("css selector", ".plotly-graph-div")
-    assert len(plots) == 4  # the best run, all curves, coordinates, importance
+    assert len(plots) == 4  # the best run, importance, coordinates, all curves
     assert all(plot.find_elements("css selector", "svg.main-svg") for plot in plots)
-    assert sum("nesterov" in plot.text for plot in plots) == 2  # the last two
+    assert ["nesterov" in plot.text for plot in plots] == [False, True, True, False]
     pictures = browser.find_elements("css selector", "img")
     assert [picture.get_property("naturalWidth") > 500 for picture in pictures] == [True, True]
 
@@ -75,7 +75,7 @@ def test_a_sweep_with_failed_runs_says_what_is_missing(foreign):
     assert "fault exit: (0) null:" in text and "config null: " in text and "slow: " in text
     best = min((row for row in rows() if row["loss"]), key=lambda row: float(row["loss"]))
     assert f"{best['name']} reached loss {float(best['loss']):.4f}" in text
-    assert '<b>"' not in text and "importance" in Path("logs/sweeps/tiny/report.html").read_text()
+    assert '<b>"' not in text and "Which setting matters" in text
 
 
 def test_a_sweep_that_has_not_begun_gets_an_honest_page(foreign):
@@ -138,3 +138,17 @@ def test_losses_are_compared_epoch_by_epoch_up_to_the_last():
     val = [(1, 3.0), (3, 3.5), (4, 3.0), (4, 3.0)]  # the last two: the best checkpoint's once more
     shown = report.losses_of({"train/loss": train, "val/loss": val, "val/acc": val, "test/loss": [(4, 3.0)]})
     assert shown == {"train/loss": [(1, 3.0), (3, 1.0)], "val/loss": val[:2]}
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "said"),
+    [
+        ([4.0, 2.0, 1.0], [4.0, 2.0, 3.0], "at step 1, it has changed by +50%, and train/loss by -50%: a sign of"),
+        ([4.0, 1.0, 2.0], [4.0, 2.0, 3.0], "at step 1, it has changed by +50%, and train/loss by +100%: no sign of"),
+        ([4.0, 2.0, 1.0], [4.0, 3.0, 2.0], "at step 2, it has changed by +0%, and train/loss by +0%: no sign of"),
+    ],
+)
+def test_overfitting_is_said(train, val, said):
+    losses = {"train/loss": list(enumerate(train)), "val/loss": list(enumerate(val))}
+    assert said in report.overfit(losses)
+    assert report.overfit({"val/loss": losses["val/loss"]}) == ""
