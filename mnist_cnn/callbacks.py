@@ -311,7 +311,7 @@ def draw_worst(worst: dict[str, np.ndarray], classes: Sequence[str]) -> Figure:
     mosaic = np.full((rows * tile_height, columns * tile_width), np.nan)
     figure = Figure(figsize=(1.5 * columns, 1.7 * rows + 0.4), dpi=100)
     top = 1.7 * rows / (1.7 * rows + 0.4)
-    size = 9 if max(map(len, classes)) < 4 else 6
+    size = 11 if max(map(len, classes)) < 4 else 7
     axes = figure.add_axes((0, 0, 1, top))
     figure.text(
         0.5, (1 + top) / 2, "greatest loss first: target → predicted (its probability)", ha="center", va="center"

@@ -50,6 +50,7 @@ class LitClassifier(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.total_steps: float | None = None  # if the schedule got it from the trainer
+        self._since_log: list[tuple[int, Tensor, Tensor, Tensor]] = []  # step, loss, logits, targets of each batch
         self.val_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.test_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.configure_optimizers()  # thrown away: a wrong setting fails here, before anything is written
@@ -77,7 +78,7 @@ class LitClassifier(LightningModule):
             torch.manual_seed((int(seed) * 10_000 + self.current_epoch) * 10_000 + self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy of the batch, in nats.
+        """Mean cross-entropy of the batch, in nats; what is logged are means since the last logging.
 
         Raises:
             FloatingPointError: If the loss is not finite.
@@ -86,10 +87,14 @@ class LitClassifier(LightningModule):
         logits = self(images)
         loss = self._loss(logits, targets, "train")
         # Only where the trainer passes it on: self.log at every step costs as much as the step's backward pass.
-        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if interval and (self.global_step + 1) % interval == 0:
-            accuracy = (logits.argmax(dim=1) == targets).float().mean()
-            self.log_dict({"train/loss": loss, "train/acc": accuracy})
+        if interval := self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            if self._since_log and self._since_log[0][0] // interval != self.global_step // interval:
+                self._since_log.clear()
+            self._since_log.append((self.global_step, loss.detach(), logits.detach(), targets))
+            if (self.global_step + 1) % interval == 0:
+                _, losses, all_logits, all_targets = zip(*self._since_log)
+                accuracy = (torch.cat(all_logits).argmax(dim=1) == torch.cat(all_targets)).float().mean()
+                self.log_dict({"train/loss": torch.stack(losses).mean(), "train/acc": accuracy})
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

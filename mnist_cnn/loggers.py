@@ -128,17 +128,18 @@ def log_hyperparameters(
 ) -> None:
     """Fills the run's row in TensorBoard's HParams tab.
 
-    In a sweep, that is what was swept, and the metrics. Otherwise it is seed, model and data, of which TensorBoard puts
-    in front what differs between runs; it does so only where no run says which columns there are, as those of a sweep
-    and Lightning's do.
+    In a sweep, that is what was swept, by the last part of its key, and the metrics. Otherwise it is seed, model and
+    data, of which TensorBoard puts in front what differs between runs; it does so only where no run says which columns
+    there are, as those of a sweep and Lightning's do.
 
     Args:
         logger: Where to.
         config: The run's whole config.
         swept: What a sweep varies: key as on the command line -> value.
-        metrics: Those at the end.
+        metrics: Those at the end. Losses come last, since TensorBoard colours and sorts by the first.
         step: The step to log them at.
     """
+    metrics = dict(sorted(metrics.items(), key=lambda item: "loss" in item[0]))
     if not swept:
         from torch.utils.tensorboard.summary import hparams
 
@@ -148,12 +149,15 @@ def log_hyperparameters(
         return
     flat = flatten(config)
     shown: dict[str, Any] = {}
-    for key, value in swept.items():
-        name = key.replace(".init_args", "").removesuffix(".class_path")
-        shown[name] = str(value) if key == "config" else flat.get(name, "null")  # which files were laid over it
-        if isinstance(value, dict):  # a class with its arguments
+    names = {key: key.replace(".init_args", "").removesuffix(".class_path") for key in swept}
+    last = [name.rpartition(".")[2] for name in names.values()]
+    for key, name in names.items():
+        value = str(swept[key]) if key == "config" else flat.get(name, "null")  # which files were laid over it
+        if isinstance(swept[key], dict):  # a class with its arguments
             arguments = (item.removeprefix(f"{name}.") for item in flat if item.startswith(f"{name}."))
-            shown[name] = " ".join([str(shown[name]), *(f"{item}={flat[f'{name}.{item}']}" for item in arguments)])
+            value = " ".join([str(value), *(f"{item}={flat[f'{name}.{item}']}" for item in arguments)])
+        short = name.rpartition(".")[2]
+        shown[short if last.count(short) == 1 else name] = value
     logger.log_hyperparams(shown, metrics, step)
 
 

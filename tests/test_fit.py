@@ -221,7 +221,7 @@ def test_a_swept_class_with_its_arguments_is_one_column_of_hparams(folder):
     main([*FIT, "--wandb=null", "--config=run.yaml"])
     with tensorboard(folder / "logs/mnist") as (_, get):
         (group,) = get("plugin/hparams/session_groups", ALL)["sessionGroups"]
-    assert group["hparams"] == {"model.net": "CNN l1_chan=8 l2_chan=8 l3_chan=16 fc1_out=30"}
+    assert group["hparams"] == {"net": "CNN l1_chan=8 l2_chan=8 l3_chan=16 fc1_out=30"}
 
 
 # W&B
@@ -441,6 +441,18 @@ def test_all_images_can_be_trained_on(folder, capfd, setting):
     assert metrics["best_checkpoint"] == "checkpoints/last.ckpt"
     assert "warn" not in capfd.readouterr().err.lower()
     assert len(cli.datamodule.train_dataloader().dataset) == (60_000 if "val_size" in setting else 54_000)
+
+
+@pytest.mark.parametrize("more", [[], ["--trainer.accumulate_grad_batches=2"]])
+def test_training_metrics_are_means_since_the_last_logging(folder, more):
+    for interval in (1, 5):
+        main([*FIT, "--wandb=null", "--evaluate_best=false", *more, f"--trainer.log_every_n_steps={interval}"])
+    each, fifth = (EventAccumulator(str(folder / f"logs/mnist/version_{run}")).Reload() for run in (0, 1))
+    for name in ("train/loss", "train/acc"):
+        values = [event.value for event in each.Scalars(name)]
+        means = [sum(values[start : start + 5]) / 5 for start in range(0, len(values), 5)]
+        assert len(values) == (20 if more else 40)
+        assert [event.value for event in fifth.Scalars(name)] == pytest.approx(means, rel=1e-5)
 
 
 def test_schedule_steps_once_an_epoch(folder):
