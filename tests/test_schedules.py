@@ -56,7 +56,7 @@ def test_each_step_has_the_rate_of_the_closed_form(folder, name, changes, steps)
 
 
 def test_a_schedule_with_a_number_of_steps_needs_an_end(folder, capfd):
-    settings = ["--trainer.max_epochs=-1", f"{NAME}=OneCycleLR", f"{NAME}.max_lr=0.1"]
+    settings = ["--wandb=null", "--trainer.max_epochs=-1", f"{NAME}=OneCycleLR", f"{NAME}.max_lr=0.1"]
     assert "set max_epochs or max_steps" in error_of(capfd, "fit", *BASE, *settings)
     assert list(folder.iterdir()) == []
 
