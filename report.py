@@ -72,9 +72,9 @@ img { max-width: 100% }
 <tr>{% for key in metrics %}<td>{{ show(best.metrics.get(key), key) }}{% endfor %}</tr></table></div>
 {% if checkpoint %}<p>Numbers and pictures are of the best checkpoint, <code>{{ checkpoint }}</code>.</p>{% endif %}
 <p>Run it again: <code>{{ best.command }}</code></p>
-{% if plots.best %}<h3>Did it overfit?</h3>
-<p>{{ verdict }} Overfitting is: the loss on validation data rises while the one on training data goes on falling. A
-point of the latter is the mean since the validation before.
+{% if plots.best %}<h3>{{ "Did it overfit?" if verdict else "Its losses" }}</h3>
+<p>{% if verdict %}{{ verdict }} Overfitting is: the loss on validation data rises while the one on training data goes
+on falling. A point of the latter is the mean since the validation before.{% endif %}
 {% for name, points in losses.items() %}{{ name }} {{ show(points[-1][1]) }} at the end, at best
 {{ show(points | map(attribute=1) | min) }}{{ "; " if not loop.last else "." }}{% endfor %}</p>
 {{ plots.best }}{% endif %}
@@ -99,8 +99,8 @@ point of the latter is the mean since the validation before.
 {% if plots.importance %}
 <h2>Which setting matters</h2>
 <p>How much of the variance of {{ metric }} each setting explains by itself.
-{% if total < 1 %}Together that is {{ "%.0f" | format(100 * total) }} %; the rest is chance, and what settings do only
-in combination.{% endif %}</p>
+{% if total < 1 and not others %}Together that is {{ "%.0f" | format(100 * total) }} %; the rest is chance, and what
+settings do only in combination.{% endif %}</p>
 {{ plots.importance }}
 {% endif %}
 {% if means %}
@@ -292,8 +292,8 @@ def draw_importance(runs: list[Run], importances: dict[str, float], metric: str)
 
 
 def without_best(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """A curve without what is behind its end: the best checkpoint's value once more."""
-    while len(points) > 1 and points[-1][1] in (value for _, value in points[:-1]):
+    """A curve without what is a step behind its end: the best checkpoint's value once more."""
+    while len(points) > 1 and points[-1][0] <= points[-2][0] + 1 and points[-1][1] in (v for _, v in points[:-1]):
         points = points[:-1]
     return points
 
@@ -303,14 +303,14 @@ def losses_of(scalars: dict[str, list[tuple[int, float]]]) -> dict[str, list[tup
     losses = {tag: points for tag, points in scalars.items() if tag.endswith("loss") and len(points) > 1}
     train, val = (next((tag for tag in losses if tag.startswith(stage)), "") for stage in ("train", "val"))
     if not (train and val):
-        return losses
+        return {tag: without_best(losses[tag]) for tag in (train, val) if tag}
     losses = {train: [], val: without_best(losses[val])}
     start = -1
     for end, _ in losses[val]:
         since = [value for step, value in scalars[train] if start < step <= end]
         losses[train] += [(end, float(np.mean(since)))] if since else []
         start = end
-    return losses
+    return {tag: points for tag, points in losses.items() if points}
 
 
 def overfit(losses: dict[str, list[tuple[int, float]]]) -> str:
@@ -319,7 +319,7 @@ def overfit(losses: dict[str, list[tuple[int, float]]]) -> str:
         return ""
     (train, train_points), (val, val_points) = losses.items()
     step, least = min(val_points, key=lambda point: point[1])
-    then = dict(train_points).get(step, 0)
+    then = next((value for at, value in train_points if at >= step), train_points[-1][1])
     if least <= 0 or then <= 0:
         return ""
     rise, trend = val_points[-1][1] / least - 1, train_points[-1][1] / then - 1
@@ -345,8 +345,10 @@ def draw_curves(
         line = {"color": "#d62728", "width": 3} if name == best else {"color": color, "width": 1.5}
         steps, values = zip(*curves[name])
         figure.add_scattergl(x=steps, y=values, name=name, mode="lines", line=line)
-    if all(value > 0 for points in curves.values() for _, value in points):
-        ticks = [digit * 10.0**power for power in range(-8, 8) for digit in (1, 2, 5)]  # Plotly's own would be 1, 2, 5
+    if curves and all(value > 0 for points in curves.values() for _, value in points):
+        shown = [value for points in curves.values() for _, value in points]
+        digits = (1, 2, 5) if max(shown) > 5 * min(shown) else range(1, 10)
+        ticks = [digit * 10.0**power for power in range(-8, 8) for digit in digits]  # Plotly's own have no powers
         figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
         title += " (log)"
     return figure.update_yaxes(title=title) if curves else None
@@ -390,16 +392,16 @@ def report(folder: Path, metric: str | None = None, mode: Literal["max", "min"] 
     losses: dict[str, list[tuple[int, float]]] = {}
     pictures: dict[str, bytes] = {}
     if best:
-        events = {run.name: read_events(folder / run.name) for run in finished}
-        tags = {tag for scalars, _ in events.values() for tag in scalars}
+        events = {run.name: read_events(folder / run.name)[0] for run in finished}
+        tags = {tag for scalars in events.values() for tag in scalars}
         tag = next((tag for tag in ("val/loss", "val_loss") if tag in tags), tag)
-        curves = {name: without_best(scalars[tag]) for name, (scalars, _) in events.items() if tag in scalars}
+        curves = {name: without_best(scalars[tag]) for name, scalars in events.items() if tag in scalars}
         if len(curves) < len(finished):
             count = f"{len(finished) - len(curves)} of {len(finished)} finished runs"
             missing.append(f"Without {tag} in TensorBoard's event files: {count}.")
         shares = {run.name: 1 - index / len(finished) for index, run in enumerate(finished)}
         plots["curves"] = draw_curves(curves, tag, shares, best.name)
-        scalars, pictures = events[best.name]
+        scalars, pictures = read_events(folder / best.name)
         losses = losses_of(scalars)
         plots["best"] = draw_curves(losses, "loss", {})
         study = to_study(finished, metric, mode)

@@ -60,7 +60,7 @@ def epochs(*command: str) -> list[float]:
     text = ""
     while True:
         try:
-            text += os.read(terminal, 65536).decode()
+            text += os.read(terminal, 65536).decode(errors="replace")
         except OSError:  # the command has ended
             break
         found = len(re.findall(r"epoch +\d+  .*acc", text))

@@ -290,9 +290,10 @@ def draw_confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     axes.set_ylabel("target", fontsize=12)
     right, total = np.trace(counts), counts.sum()
     title = f"test: {total - right:,} errors among {total:,} images, accuracy {right / total:.4f}"
-    frequent = [np.unravel_index(index, errors.shape) for index in errors.argsort(axis=None, stable=True)[:-4:-1]]
+    greatest = errors.argsort(axis=None, stable=True)[:-4:-1]
+    frequent = [np.unravel_index(index, errors.shape) for index in greatest if errors.flat[index]]
     pairs = [f"{classes[row]} → {classes[column]} ({counts[row, column]})" for row, column in frequent]
-    axes.set_title(f"{title}\nmost often: {', '.join(pairs)}", fontsize=12)
+    axes.set_title(f"{title}\nmost often: {', '.join(pairs)}" if total > right else title, fontsize=12)
     return figure
 
 

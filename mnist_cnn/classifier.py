@@ -66,7 +66,7 @@ class LitClassifier(LightningModule):
             MisconfigurationException: If it doesn't.
         """
         for config in self.trainer.lr_scheduler_configs if self.total_steps else []:
-            if (steps := config.scheduler.total_steps) != self.total_steps:  # type: ignore[union-attr]
+            if (steps := getattr(config.scheduler, "total_steps", self.total_steps)) != self.total_steps:
                 raise MisconfigurationException(
                     f"the checkpoint's schedule is for {steps} steps, not {self.total_steps}: a resumed run keeps that"
                 )
@@ -142,12 +142,13 @@ class LitClassifier(LightningModule):
         counts = "total_steps" in settings
         if counts and settings["total_steps"] is None and settings.get("steps_per_epoch") is None:
             self.total_steps = self.trainer.estimated_stepping_batches if self._trainer else 1_000
-            if self.total_steps == math.inf:
+            if not 1 <= self.total_steps < math.inf:
                 raise MisconfigurationException("the schedule needs the number of steps: set max_epochs or max_steps")
             scheduler = self.lr_scheduler(optimizer, total_steps=int(self.total_steps))  # type: ignore[call-arg]
         else:
             scheduler = self.lr_scheduler(optimizer)
         # Only ReduceLROnPlateau reads a metric; Lightning's version of it says which.
         monitor = getattr(scheduler, "monitor", "val/loss")
+        counts = counts or hasattr(scheduler, "total_steps")  # Python code may hide it in a function
         interval = "step" if counts or isinstance(scheduler, CyclicLR) else "epoch"
         return [optimizer], [{"scheduler": scheduler, "monitor": monitor, "interval": interval}]

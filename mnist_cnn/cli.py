@@ -109,11 +109,17 @@ class RunFolder(Callback):
         Raises:
             MisconfigurationException: If it belongs to a validation, and there is none.
         """
-        for name in () if sum(trainer.num_val_batches) else ("early_stopping", "checkpoint"):
-            callback = self.cli.config_init.fit[name]
-            if callback in trainer.callbacks and (callback.monitor or "").startswith("val"):  # type: ignore[attr-defined]
+        not_yet_known = trainer.val_dataloaders is None and trainer.limit_val_batches != 0  # type: ignore[attr-defined]
+        if sum(trainer.num_val_batches) or not_yet_known:
+            return
+        fit, present = self.cli.config_init.fit, trainer.callbacks  # type: ignore[attr-defined]
+        monitors = {name: fit[name].monitor for name in ("early_stopping", "checkpoint") if fit[name] in present}
+        for config in trainer.lr_scheduler_configs:
+            monitors["model.lr_scheduler"] = config.monitor if config.reduce_on_plateau else None
+        for name, monitor in monitors.items():
+            if (monitor or "").startswith("val"):
                 raise MisconfigurationException(
-                    f"{name} monitors {callback.monitor}, but nothing is validated: give --{name}=null"
+                    f"{name} monitors {monitor}, but nothing is validated: give --{name}=null"
                 )
 
     def on_train_batch_end(self, *args: Any) -> None:

@@ -155,7 +155,8 @@ def log_hyperparameters(
         value = str(swept[key]) if key == "config" else flat.get(name, "null")  # which files were laid over it
         if isinstance(swept[key], dict):  # a class with its arguments
             arguments = (item.removeprefix(f"{name}.") for item in flat if item.startswith(f"{name}."))
-            value = " ".join([str(value), *(f"{item}={flat[f'{name}.{item}']}" for item in arguments)])
+            named = [str(flat[name])] if name in flat else []
+            value = " ".join([*named, *(f"{item}={flat[f'{name}.{item}']}" for item in arguments)])
         short = name.rpartition(".")[2]
         shown[short if last.count(short) == 1 else name] = value
     logger.log_hyperparams(shown, metrics, step)

@@ -28,6 +28,8 @@ class WarmupCosineLR(LambdaLR):
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         if not 0 <= warmup <= 1:
             raise ValueError(f"warmup must be between 0 and 1, got {warmup}")
+        if final < 0:
+            raise ValueError(f"final must be at least 0, got {final}")
         self.total_steps = total_steps
         self.warmup_steps = round(warmup * total_steps)
         self.final = final

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 
 from mnist_cnn import CNN, LitClassifier
+from mnist_cnn.callbacks import draw_confusion_matrix
 
 LAYERS = ["conv1", "relu1", "conv2", "relu2", "conv3", "relu3", "fc1", "relu4", "fc2"]
 ALL = {"allowedStatuses": ["STATUS_SUCCESS"], "colParams": [], "startIndex": 0, "sliceSize": 10}  # of HParams' rows
@@ -434,6 +436,13 @@ def test_all_images_can_be_trained_on(folder, capfd, setting):
     without = [*FIT, *QUIET, setting]
     assert "give --early_stopping=null" in error_of(capfd, *without)
     assert "give --checkpoint=null" in error_of(capfd, *without, "--early_stopping=null")
+    plateau = [
+        "--early_stopping=null",
+        "--checkpoint=null",
+        "--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau",
+    ]
+    monitor = "--model.lr_scheduler.monitor=val/loss"
+    assert "give --model.lr_scheduler=null" in error_of(capfd, *without, *plateau, monitor)
     assert list(folder.iterdir()) == []
     cli = main([*without, "--early_stopping=null", "--checkpoint=null"])
     metrics = metrics_of(folder / "logs/mnist/version_0")
@@ -453,6 +462,23 @@ def test_training_metrics_are_means_since_the_last_logging(folder, more):
         means = [sum(values[start : start + 5]) / 5 for start in range(0, len(values), 5)]
         assert len(values) == (20 if more else 40)
         assert [event.value for event in fifth.Scalars(name)] == pytest.approx(means, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("counts", "title"),
+    [
+        ([[9, 1], [3, 7]], "test: 4 errors among 20 images, accuracy 0.8000\nmost often: 1 → 0 (3), 0 → 1 (1)"),
+        ([[9, 0], [0, 9]], "test: 0 errors among 18 images, accuracy 1.0000"),
+    ],
+)
+def test_confusion_matrix_names_the_most_frequent_errors(counts, title):
+    (axes,) = draw_confusion_matrix(np.array(counts), ["0", "1"]).axes
+    assert axes.get_title() == title
+
+
+def test_validation_may_come_every_other_epoch(folder):
+    main([*FIT, *QUIET, "--trainer.check_val_every_n_epoch=2"])
+    assert "val/acc" in metrics_of(folder / "logs/mnist/version_0")
 
 
 def test_schedule_steps_once_an_epoch(folder):

@@ -138,6 +138,9 @@ def test_losses_are_compared_epoch_by_epoch_up_to_the_last():
     val = [(1, 3.0), (3, 3.5), (4, 3.0), (4, 3.0)]  # the last two: the best checkpoint's once more
     shown = report.losses_of({"train/loss": train, "val/loss": val, "val/acc": val, "test/loss": [(4, 3.0)]})
     assert shown == {"train/loss": [(1, 3.0), (3, 1.0)], "val/loss": val[:2]}
+    shown = report.losses_of({"train/loss": train[:1], "val/loss": val, "test/loss": [(4, 3.0), (4, 3.0)]})
+    assert shown == {"val/loss": val[:2]} and report.overfit(shown) == ""
+    assert report.without_best([(9, 1.0), (19, 1.0), (29, 1.0)]) == [(9, 1.0), (19, 1.0), (29, 1.0)]  # a plateau
 
 
 @pytest.mark.parametrize(

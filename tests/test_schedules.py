@@ -1,10 +1,15 @@
 """Learning-rate schedules from YAML: each step's rate, as TensorBoard has it, against its closed form."""
 
+import functools
 import math
 
 import pytest
+import torch
 from conftest import BASE, FIT, error_of, main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.lr_scheduler import OneCycleLR
+
+from mnist_cnn import CNN, LitClassifier
 
 NAME = "--model.lr_scheduler"
 
@@ -61,7 +66,14 @@ def test_a_schedule_with_a_number_of_steps_needs_an_end(folder, capfd):
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("setting", ["warmup=2", "total_steps=0"])
+def test_a_schedule_of_python_code_is_stepped_at_each_step():
+    optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+    for schedule in (lambda o: OneCycleLR(o, 0.1, total_steps=9), functools.partial(OneCycleLR, max_lr=0.1)):
+        _, ((config),) = LitClassifier(CNN(), optimizer, schedule).configure_optimizers()
+        assert config["interval"] == "step"
+
+
+@pytest.mark.parametrize("setting", ["warmup=2", "total_steps=0", "final=-1"])
 def test_wrong_settings_are_refused(folder, capfd, setting):
     assert setting.partition("=")[0] in error_of(capfd, *FIT, f"{NAME}=WarmupCosineLR", f"{NAME}.{setting}")
     assert list(folder.iterdir()) == []
