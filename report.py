@@ -106,9 +106,9 @@ settings do only in combination.{% endif %}</p>
 {% if means %}
 <h3>Mean {{ metric }} by value</h3>
 <p>Over the finished runs with that value; the number of them in brackets.</p>
-<table>{% for key, row in means.items() %}<tr><th>{{ key }}
+<div class="wide"><table>{% for key, row in means.items() %}<tr><th>{{ key }}
 {% for label, mean, count in row %}<td>{{ label }}: <b>{{ show(mean) }}</b> ({{ count }}){% endfor %}
-{% endfor %}</table>
+{% endfor %}</table></div>
 {% endif %}
 {% if plots.parallel %}
 <h2>Parallel coordinates</h2>
