@@ -345,8 +345,8 @@ def draw_curves(
         line = {"color": "#d62728", "width": 3} if name == best else {"color": color, "width": 1.5}
         steps, values = zip(*curves[name])
         figure.add_scattergl(x=steps, y=values, name=name, mode="lines", line=line)
-    if curves and all(value > 0 for points in curves.values() for _, value in points):
-        shown = [value for points in curves.values() for _, value in points]
+    shown = [value for points in curves.values() for _, value in points]
+    if shown and min(shown) > 0:
         digits = (1, 2, 5) if max(shown) > 5 * min(shown) else range(1, 10)
         ticks = [digit * 10.0**power for power in range(-8, 8) for digit in digits]  # Plotly's own have no powers
         figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
