@@ -323,3 +323,26 @@ def test_folder_that_holds_a_run_is_left_alone(folder, capfd):
 def test_monitor_that_nobody_logs(folder, capfd, key):
     line = error_of(capfd, *FIT, f"--{key}=val/los")
     assert ("val/los" in line and "`val/loss`" in line) or "'val/loss'" in line
+
+
+OF_EACH_STEP = """
+from lightning.pytorch import Callback
+
+class Counting(Callback):
+    steps = 0
+
+    def on_train_batch_end(self, *args):
+        self.steps += 1
+
+class Inheriting(Counting):
+    pass
+"""
+
+
+def test_hooks_that_do_something_are_called_at_each_step(folder, monkeypatch):
+    (folder / "counting.py").write_text(OF_EACH_STEP)
+    monkeypatch.syspath_prepend(folder)
+    cli = main([*FIT, *QUIET, "--trainer.callbacks+=counting.Counting", "--trainer.callbacks+=counting.Inheriting"])
+    counting = [callback for callback in cli.trainer.callbacks if hasattr(callback, "steps")]
+    assert [callback.steps for callback in counting] == [40, 40]
+    assert [callback.on_before_zero_grad for callback in counting] == [None, None]  # nothing to call
