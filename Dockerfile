@@ -14,7 +14,7 @@ ENV PATH=/home/dev/venv/bin:$PATH PYTHONUNBUFFERED=1
 COPY --chown=dev pyproject.toml ./
 RUN python -m venv /home/dev/venv \
     && mkdir mnist_cnn && touch mnist_cnn/__init__.py README.md LICENSE \
-    && pip install --no-cache-dir --editable '.[dev,report]'
+    && pip install --no-cache-dir --editable '.[augment,dev,report]'
 COPY --chown=dev . .
 
 EXPOSE 6006

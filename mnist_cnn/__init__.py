@@ -6,7 +6,7 @@ What is imported here is found by its short name in YAML and on the command line
 from mnist_cnn.callbacks import EpochProgressBar, Histograms, ModelGraph, PredictionWriter, TestPictures
 from mnist_cnn.classifier import LitClassifier
 from mnist_cnn.data import MNISTDataModule
-from mnist_cnn.nets import CNN
+from mnist_cnn.nets import CNN, StackCNN
 from mnist_cnn.schedules import WarmupCosineLR
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "MNISTDataModule",
     "ModelGraph",
     "PredictionWriter",
+    "StackCNN",
     "TestPictures",
     "WarmupCosineLR",
 ]

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
@@ -42,7 +42,7 @@ class TensorBatches(Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         index = torch.tensor(indices)
-        return self.images[index], self.targets[index]
+        return self.images.index_select(0, index), self.targets[index]  # of images, 15 times as fast as [index]
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -68,6 +68,9 @@ class MNISTDataModule(LightningDataModule):
         std: Divides pixels in [0, 1]. Default: the standard deviation of MNIST's training images.
         num_workers: Worker processes of a DataLoader; 0 is fastest for images in memory.
         predict_dir: Folder of PNG or JPEG files to predict instead of the test set.
+        augment: Modules that change the training images one after another, on the device, before they are normalised:
+            from [N, 1, H, W] in [0, 1] to the same, each image by its own random numbers, as those of
+            kornia.augmentation do.
 
     Raises:
         ValueError: If a number is out of range.
@@ -86,6 +89,7 @@ class MNISTDataModule(LightningDataModule):
         std: float = 0.3081,
         num_workers: int = 0,
         predict_dir: str | None = None,
+        augment: list[nn.Module] | None = None,
     ) -> None:
         super().__init__()
         for name, value, lowest in [
@@ -112,6 +116,7 @@ class MNISTDataModule(LightningDataModule):
         self.std = std
         self.num_workers = num_workers
         self.predict_dir = predict_dir
+        self.augment = nn.Sequential(*(augment or []))
         self._verified = False
         self._sets: dict[str, TensorBatches] = {}  # train, val, test, predict, as far as they have been read
         self.predict_names: list[str] = []
@@ -181,11 +186,14 @@ class MNISTDataModule(LightningDataModule):
         return self._eval_loader(self._sets["predict"])
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Normalises uint8 [N, 28, 28] to float [N, 1, 28, 28], on the device."""
+        """Turns uint8 [N, 28, 28] to float [N, 1, 28, 28], augmented in training, normalised; on the device."""
         images, targets = batch
         module = self.trainer and self.trainer.lightning_module
         dtype = module.dtype if module else torch.float32  # trainer.precision may ask for another
-        return images.unsqueeze(1).to(dtype).sub_(255 * self.mean).div_(255 * self.std), targets
+        images = images.unsqueeze(1).to(dtype)
+        if self.augment and self.trainer and self.trainer.training:
+            images = self.augment.to(images)(images.div_(255)).mul_(255)
+        return images.sub_(255 * self.mean).div_(255 * self.std), targets
 
     def _read(self, name: str) -> tuple[Tensor, Tensor]:
         """Images uint8 [N, H, W] and targets int64 [N] of train or t10k."""

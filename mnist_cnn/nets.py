@@ -1,5 +1,7 @@
 """Nets: plain `nn.Module`s from a batch of images to logits. They know nothing of training."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -41,3 +43,42 @@ class CNN(nn.Module):
         # A mean, since adaptive pooling has no deterministic backward on CUDA.
         x = x.mean(dim=(2, 3))  # [N, l3_chan]
         return self.fc2(self.relu4(self.fc1(x)))
+
+
+class StackCNN(nn.Sequential):
+    """Convolutions without bias, each followed by batch normalisation and ReLU, then one linear layer.
+
+    The strides make the image smaller; there is no pooling. The layers are named conv1, norm1, relu1 and so on.
+
+    Args:
+        channels: Channels out of each convolution.
+        kernel_sizes: Width of each one's kernel.
+        strides: Stride of each one.
+        paddings: Zeros around each one's input.
+
+    Raises:
+        ValueError: If the lists are not of one length, a number is too small, or no image is left.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (16, 32, 64),
+        kernel_sizes: Sequence[int] = (5, 3, 3),
+        strides: Sequence[int] = (2, 2, 1),
+        paddings: Sequence[int] = (0, 0, 0),
+    ) -> None:
+        super().__init__()
+        if not 1 <= len(channels) == len(kernel_sizes) == len(strides) == len(paddings):
+            raise ValueError("channels, kernel_sizes, strides and paddings must be equally many, at least one each")
+        if min(*channels, *kernel_sizes, *strides) < 1 or min(paddings) < 0:
+            raise ValueError("channels, kernel_sizes and strides must be at least 1, paddings at least 0")
+        width, before = 28, 1
+        for index, (after, kernel, stride, padding) in enumerate(zip(channels, kernel_sizes, strides, paddings), 1):
+            self.add_module(f"conv{index}", nn.Conv2d(before, after, kernel, stride, padding, bias=False))
+            self.add_module(f"norm{index}", nn.BatchNorm2d(after))
+            self.add_module(f"relu{index}", nn.ReLU())
+            width, before = (width + 2 * padding - kernel) // stride + 1, after
+            if width < 1:
+                raise ValueError(f"convolution {index} leaves nothing of the image")
+        self.flatten = nn.Flatten()  # [N, channels[-1] * width * width]
+        self.fc = nn.Linear(before * width * width, 10)

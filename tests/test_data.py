@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torchvision import datasets
 
-from mnist_cnn import MNISTDataModule
+from mnist_cnn import LitClassifier, MNISTDataModule
 from mnist_cnn.data import verify
 from mnist_cnn.images import read_images, to_mnist
 
@@ -83,6 +83,31 @@ def test_batches_are_whole_and_normalised_after_the_transfer():
     normalised, _ = data.on_after_batch_transfer(full, 0)
     assert normalised.shape == (54000, 1, 28, 28)
     assert abs(normalised.mean().item()) < 0.01 and abs(normalised.std().item() - 1) < 0.01
+
+
+def test_augmentation_changes_each_training_image_by_itself_and_no_other(folder, monkeypatch):
+    seen = {}
+
+    def step(stage):
+        original = getattr(LitClassifier, f"{stage}_step")
+
+        def keep(self, batch, batch_idx):
+            seen.setdefault(stage, []).append(batch[0])
+            return original(self, batch, batch_idx)
+
+        monkeypatch.setattr(LitClassifier, f"{stage}_step", keep)
+
+    for stage in ("training", "validation", "test"):
+        step(stage)
+    options = ["--data.mean=0.1307", "--data.std=0.3081", "--trainer.max_epochs=1", "--trainer.limit_test_batches=1"]
+    main([*FIT, *QUIET, *options])
+    plain, seen = seen, {}
+    main([*FIT, *QUIET, *options, "--data.augment+=kornia.augmentation.RandomHorizontalFlip"])
+    assert torch.equal(plain["validation"][0], seen["validation"][0]) and torch.equal(plain["test"][0], seen["test"][0])
+    kinds = set()
+    for ours, theirs in zip(plain["training"][0], seen["training"][0]):
+        kinds.add([torch.allclose(image, theirs, atol=1e-3) for image in (ours, ours.flip(2))].index(True))
+    assert kinds == {0, 1}  # about half of the images each
 
 
 def test_incomplete_last_batch_is_dropped_in_training_only():

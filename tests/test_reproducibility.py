@@ -35,6 +35,17 @@ def test_config_printed_config_and_saved_config_give_the_same_run(folder):
         assert config == yaml.safe_load((runs / "version_0/config.yaml").read_text())
 
 
+def test_augmented_run_can_be_repeated_and_resumed(folder):
+    augment = ["--data.augment+=kornia.augmentation.RandomAffine", "--data.augment.degrees=15", "--data.augment.p=1"]
+    args = [*FIT, *QUIET, *augment, "--model.channels_last=true", "--model.label_smoothing=0.1"]
+    main(args)
+    main(args)
+    main([*args, "--trainer.max_epochs=1"])
+    main([*args, "--ckpt_path=logs/mnist/version_2/checkpoints/last.ckpt"])
+    for other in (1, 3):
+        assert_same_weights(folder / f"logs/mnist/version_{other}", folder / "logs/mnist/version_0")
+
+
 def test_another_seed_gives_another_run(folder):
     main([*FIT, *QUIET])
     main([*FIT, *QUIET, "--seed_everything=1"])
