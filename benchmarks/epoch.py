@@ -42,7 +42,7 @@ def plain(channels: tuple[int, ...]) -> None:
     for epoch in range(EPOCHS):
         order = torch.randperm(54_000)
         for batch in order[: 54_000 // 64 * 64].split(64):
-            loss = F.cross_entropy(net(images[batch]), targets[batch])
+            loss = F.cross_entropy(net(images.index_select(0, batch)), targets[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

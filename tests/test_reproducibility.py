@@ -35,9 +35,20 @@ def test_config_printed_config_and_saved_config_give_the_same_run(folder):
         assert config == yaml.safe_load((runs / "version_0/config.yaml").read_text())
 
 
-def test_augmented_run_can_be_repeated_and_resumed(folder):
-    augment = ["--data.augment+=kornia.augmentation.RandomAffine", "--data.augment.degrees=15", "--data.augment.p=1"]
-    args = [*FIT, *QUIET, *augment, "--model.channels_last=true", "--model.label_smoothing=0.1"]
+AUGMENTED = ["--data.augment+=kornia.augmentation.RandomAffine", "--data.augment.degrees=15", "--data.augment.p=1"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param([*AUGMENTED, "--model.label_smoothing=0.1"], id="augment"),
+        pytest.param(["--model.net=StackCNN", "--model.channels_last=true"], id="channels_last"),
+        pytest.param(["--trainer.precision=bf16-mixed"], id="precision"),
+        pytest.param(["--num_threads=1"], id="threads"),
+    ],
+)
+def test_run_with_other_settings_can_be_repeated_and_resumed(folder, settings):
+    args = [*FIT, *QUIET, *settings]
     main(args)
     main(args)
     main([*args, "--trainer.max_epochs=1"])

@@ -1,0 +1,74 @@
+"""Whole batches from memory against the usual pipeline: `python benchmarks/pipeline.py`.
+
+The usual one is torchvision's MNIST with a transform for each image and DataLoaders with worker processes; both train
+configs/base.yaml as shipped, which differs in `data` alone. Processes take turns; an epoch lasts from one epoch's line
+to the next. Prints medians of all epochs but each process's first, and their ratios.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+REPO = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch  # noqa: E402
+from epoch import ROUNDS, epochs  # noqa: E402
+from lightning.pytorch import LightningDataModule  # noqa: E402
+from torch.utils.data import DataLoader, random_split  # noqa: E402
+from torchvision import datasets, transforms  # noqa: E402
+
+
+class PerImage(LightningDataModule):
+    """MNIST as most projects feed it.
+
+    Args:
+        num_workers: Worker processes of each DataLoader.
+    """
+
+    def __init__(self, num_workers: int = 2) -> None:
+        super().__init__()
+        self.num_workers = num_workers
+
+    def setup(self, stage: str) -> None:
+        """Splits the training images."""
+        data = datasets.MNIST(REPO / "data", transform=transforms.ToTensor())
+        self.train, self.val = random_split(data, [54_000, 6_000], torch.Generator().manual_seed(51))
+        self.test = datasets.MNIST(REPO / "data", train=False, transform=transforms.ToTensor())
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches."""
+        return DataLoader(self.train, 64, shuffle=True, drop_last=True, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches in order."""
+        return DataLoader(self.val, 64, num_workers=self.num_workers)
+
+    def test_dataloader(self) -> DataLoader:
+        """Batches in order."""
+        return DataLoader(self.test, 64, num_workers=self.num_workers)
+
+
+def main() -> None:
+    """Measures and prints."""
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    fit = [str(REPO / "main.py"), "fit", f"--config={REPO / 'configs/base.yaml'}", "--trainer.max_epochs=4"]
+    usual = {
+        f"usual, {workers} workers": ["--data=pipeline.PerImage", f"--data.num_workers={workers}"] for workers in (1, 2)
+    }
+    commands = {"base.yaml": [f"--data.data_dir={REPO / 'data'}"]} | usual
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for _ in range(ROUNDS):
+            for name, options in commands.items():
+                seconds[name] += epochs(*fit, *options)
+    ours = statistics.median(seconds["base.yaml"])
+    for name, times in seconds.items():
+        print(f"{name:18}{statistics.median(times):6.2f} s an epoch{statistics.median(times) / ours:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
