@@ -1,7 +1,7 @@
 """A user's mistake, told in one line of the user's words; the parser that tells it."""
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 import os
 import re
@@ -94,6 +94,9 @@ def explain(message: str, parser: LightningArgumentParser, given: list[str]) -> 
         name = path.rpartition(".")[2]
         if path in _classes():
             return f"{key}: {path} is a class of another kind"
+        module = path.partition(".")[0]
+        if module != path and importlib.util.find_spec(module) is None:
+            return f"{key}: {path} can't be found, since there is no module {module}; is it installed?"
         return f"{key}: there is no class {path}{_nearest(name, _classes(own=True)) or _nearest(name, _classes())}"
     if types and value:
         return f"{key}: expected {' or '.join(dict.fromkeys(types))}, got {given_value!r}"

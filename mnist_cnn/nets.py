@@ -46,15 +46,16 @@ class CNN(nn.Module):
 
 
 class StackCNN(nn.Sequential):
-    """Convolutions without bias, each followed by batch normalisation and ReLU, then one linear layer.
+    """Convolutions without bias, each followed by batch normalisation, ReLU and perhaps pooling; one linear layer.
 
-    The strides make the image smaller; there is no pooling. The layers are named conv1, norm1, relu1 and so on.
+    The layers are named conv1, norm1, relu1, pool1 and so on.
 
     Args:
         channels: Channels out of each convolution.
         kernel_sizes: Width of each one's kernel.
         strides: Stride of each one.
         paddings: Zeros around each one's input.
+        pools: Width of the max pooling after each one; 1: there is none.
 
     Raises:
         ValueError: If the lists are not of one length, a number is too small, or no image is left.
@@ -66,18 +67,22 @@ class StackCNN(nn.Sequential):
         kernel_sizes: Sequence[int] = (5, 3, 3),
         strides: Sequence[int] = (2, 2, 1),
         paddings: Sequence[int] = (0, 0, 0),
+        pools: Sequence[int] = (1, 1, 1),
     ) -> None:
         super().__init__()
-        if not 1 <= len(channels) == len(kernel_sizes) == len(strides) == len(paddings):
-            raise ValueError("channels, kernel_sizes, strides and paddings must be equally many, at least one each")
-        if min(*channels, *kernel_sizes, *strides) < 1 or min(paddings) < 0:
-            raise ValueError("channels, kernel_sizes and strides must be at least 1, paddings at least 0")
+        if not 1 <= len(channels) == len(kernel_sizes) == len(strides) == len(paddings) == len(pools):
+            raise ValueError("channels, kernel_sizes, strides, paddings and pools must be equally many, and not none")
+        if min(*channels, *kernel_sizes, *strides, *pools) < 1 or min(paddings) < 0:
+            raise ValueError("channels, kernel_sizes, strides and pools must be at least 1, paddings at least 0")
         width, before = 28, 1
-        for index, (after, kernel, stride, padding) in enumerate(zip(channels, kernel_sizes, strides, paddings), 1):
+        layers = zip(channels, kernel_sizes, strides, paddings, pools)
+        for index, (after, kernel, stride, padding, pool) in enumerate(layers, 1):
             self.add_module(f"conv{index}", nn.Conv2d(before, after, kernel, stride, padding, bias=False))
             self.add_module(f"norm{index}", nn.BatchNorm2d(after))
             self.add_module(f"relu{index}", nn.ReLU())
-            width, before = (width + 2 * padding - kernel) // stride + 1, after
+            if pool > 1:
+                self.add_module(f"pool{index}", nn.MaxPool2d(pool))
+            width, before = ((width + 2 * padding - kernel) // stride + 1) // pool, after
             if width < 1:
                 raise ValueError(f"convolution {index} leaves nothing of the image")
         self.flatten = nn.Flatten()  # [N, channels[-1] * width * width]

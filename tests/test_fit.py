@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import BASE, FIT, QUIET, REPO, error_of, in_new_process, main, metrics_of, tensorboard
+from conftest import BASE, FIT, QUIET, REPO, SHORT, error_of, in_new_process, main, metrics_of, tensorboard
 from lightning.pytorch import LightningModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
@@ -521,3 +521,9 @@ def test_fast_config_is_as_accurate_as_it_says(folder):
     metrics = metrics_of(folder / "logs/fast/version_0")
     assert metrics["test/acc"] > 0.988  # 0.990 on average; other processors round differently
     assert metrics["epochs"] == 1 and metrics["best_checkpoint"] == "checkpoints/last.ckpt"
+
+
+def test_best_config_trains(folder):
+    config = REPO / "configs/best.yaml"
+    main(["fit", f"--config={config}", f"--data.data_dir={REPO / 'data'}", *SHORT, *QUIET])
+    assert metrics_of(folder / "logs/best/version_0")["test/acc"] > 0.5

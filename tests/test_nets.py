@@ -30,7 +30,7 @@ def test_size_of_the_original_net():
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_stack_of_any_depth(batch_size):
-    net = StackCNN([4, 8], [4, 3], [2, 1], [1, 0]).eval()
+    net = StackCNN([4, 8], [4, 3], [2, 1], [1, 0], [1, 2]).eval()
     assert net(torch.rand(batch_size, 1, 28, 28)).shape == (batch_size, 10)
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters() if name.endswith("weight")}
     assert shapes == {
@@ -38,18 +38,19 @@ def test_stack_of_any_depth(batch_size):
         "norm1.weight": (4,),
         "conv2.weight": (8, 4, 3, 3),
         "norm2.weight": (8,),
-        "fc.weight": (10, 8 * 12 * 12),
+        "fc.weight": (10, 8 * 6 * 6),
     }
 
 
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (([4], [3, 3], [1], [0]), "equally many"),
-        (([], [], [], []), "equally many"),
-        (([0], [3], [1], [0]), "at least 1"),
-        (([4], [3], [1], [-1]), "at least 0"),
-        (([4, 4], [28, 2], [1, 1], [0, 0]), "convolution 2 leaves nothing"),
+        (([4], [3, 3], [1], [0], [1]), "equally many"),
+        (([], [], [], [], []), "equally many"),
+        (([0], [3], [1], [0], [1]), "at least 1"),
+        (([4], [3], [1], [-1], [1]), "at least 0"),
+        (([4, 4], [28, 2], [1, 1], [0, 0], [1, 1]), "convolution 2 leaves nothing"),
+        (([4], [24], [1], [0], [6]), "convolution 1 leaves nothing"),
     ],
 )
 def test_stack_that_cannot_be_is_refused(settings, told):
