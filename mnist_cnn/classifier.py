@@ -12,7 +12,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import CyclicLR
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 from torchmetrics.classification import MulticlassAccuracy
 
 Batch = tuple[Tensor, Tensor]  # images [N, 1, H, W], float; targets [N], int64
@@ -76,15 +76,22 @@ class LitClassifier(LightningModule):
         return self.net(images)
 
     def on_train_start(self) -> None:
-        """Sees to it that a resumed schedule ends when training does.
+        """Sees to it that the schedule ends when training does, one brought along by a checkpoint too.
 
         Raises:
             MisconfigurationException: If it doesn't.
         """
-        for config in self.trainer.lr_scheduler_configs if self.total_steps else []:
-            if (steps := getattr(config.scheduler, "total_steps", self.total_steps)) != self.total_steps:
+        needed = self.trainer.estimated_stepping_batches
+        for config in self.trainer.lr_scheduler_configs:
+            steps: Any = getattr(config.scheduler, "total_steps", self.total_steps)
+            if self.total_steps and steps != self.total_steps:
                 raise MisconfigurationException(
                     f"the checkpoint's schedule is for {steps} steps, not {self.total_steps}: a resumed run keeps that"
+                )
+            if isinstance(config.scheduler, OneCycleLR) and steps < needed:
+                raise MisconfigurationException(
+                    f"the schedule is for {steps} steps, training makes {needed}: leave out its total_steps, which then"
+                    " comes from the trainer"
                 )
 
     def on_train_epoch_start(self) -> None:

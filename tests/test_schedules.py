@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import BASE, FIT, error_of, main
+from conftest import BASE, FIT, QUIET, error_of, main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -86,3 +86,15 @@ def test_a_resumed_run_keeps_its_number_of_steps(folder, capfd):
     last = f"--ckpt_path={folder}/logs/mnist/version_0/checkpoints/last.ckpt"
     assert "40 steps" in error_of(capfd, *FIT, "--wandb=null", *settings, "--trainer.max_epochs=3", last)
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("setting", ["total_steps=39", "epochs=1"])
+def test_too_few_steps_written_by_hand_are_refused(folder, capfd, setting):
+    settings = [f"{NAME}=OneCycleLR", f"{NAME}.max_lr=0.1", f"{NAME}.{setting}", f"{NAME}.steps_per_epoch=20"]
+    assert "training makes 40" in error_of(capfd, *FIT, "--wandb=null", *settings)
+    assert list(folder.iterdir()) == []
+
+
+def test_more_steps_may_be_written_by_hand(folder):
+    cli = main([*FIT, *QUIET, f"{NAME}=OneCycleLR", f"{NAME}.max_lr=0.1", f"{NAME}.total_steps=50"])
+    assert cli.trainer.lr_scheduler_configs[0].scheduler.last_epoch == 40
