@@ -51,8 +51,8 @@ def plain(channels: tuple[int, ...]) -> None:
         print(f"epoch {epoch}  val acc {right / 6_000:.4f}", flush=True)
 
 
-def epochs(*command: str) -> list[float]:
-    """Seconds from one epoch's line to the next of a command, in a pseudo-terminal."""
+def epochs(*command: str, count: int = EPOCHS) -> list[float]:
+    """Seconds from one epoch's line to the next of a command that trains so many, in a pseudo-terminal."""
     terminal, end = os.openpty()
     process = subprocess.Popen([sys.executable, *command], stdout=end, stderr=subprocess.DEVNULL)
     os.close(end)
@@ -66,7 +66,7 @@ def epochs(*command: str) -> list[float]:
         found = len(re.findall(r"epoch +\d+  .*acc", text))
         times += [time.monotonic()] * (found - len(times))
     os.close(terminal)
-    if process.wait() or len(times) != EPOCHS:
+    if process.wait() or len(times) != count:
         sys.exit(f"{' '.join(command)} failed: {text}")
     return [after - before for before, after in itertools.pairwise(times)]
 
