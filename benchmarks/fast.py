@@ -1,11 +1,11 @@
-"""configs/fast.yaml against a well-known fast recipe: `python benchmarks/fast.py`.
+"""configs/fast.yaml against a public recipe for 99 % in one epoch: `python benchmarks/fast.py`.
 
-The recipe, restated: 5x5 convolution to 24 channels, pool, ReLU, 3x3 convolution to 32, pool, ReLU, linear to 256,
-ReLU, linear to 10; Adam with OneCycleLR up to 0.01 and betas 0.7 and 0.9; one epoch of all 60,000 images in batches of
-256. It is a plain torch loop, its images lie ready as floats, and its time is that of the loop alone. The time of
-fast.yaml is that of the whole fit as metrics.json has it, with loggers and reading of the data; neither has its import
-or its test counted. The two processes of each seed take turns. Prints medians of seconds, means of test accuracies, and
-the ratio.
+The recipe, that of github.com/tuomaso/train_mnist_fast (99 % in 0.76 s, on a GPU), restated: 5x5 convolution to 24
+channels, pool, ReLU, 3x3 convolution to 32, pool, ReLU, linear to 256, ReLU, linear to 10; Adam with OneCycleLR up to
+0.01 and betas 0.7 and 0.9; one epoch of all 60,000 images in batches of 256. It is a plain torch loop, its images lie
+ready as floats, and its time is that of the loop alone. The time of fast.yaml is that of the whole fit as metrics.json
+has it, with loggers and reading of the data; neither has its import or its test counted. The two processes of each seed
+take turns. Prints medians of seconds, means of test accuracies, and the ratio.
 """
 
 import json
@@ -56,7 +56,7 @@ def recipe(seed: int) -> None:
 
 def main() -> None:
     """Measures and prints."""
-    results: dict[str, list[dict[str, float]]] = {"fast.yaml": [], "known recipe": []}
+    results: dict[str, list[dict[str, float]]] = {"fast.yaml": [], "public recipe": []}
     with tempfile.TemporaryDirectory() as folder:
         for seed in SEEDS:
             fit = f"fit --config={REPO / 'configs/fast.yaml'} --data.data_dir={REPO / 'data'} --seed_everything={seed}"
@@ -65,7 +65,7 @@ def main() -> None:
                 if done.returncode:
                     sys.exit(done.stderr)
             results["fast.yaml"].append(json.loads(Path(folder, str(seed), "metrics.json").read_text()))
-            results["known recipe"].append(json.loads(done.stdout))
+            results["public recipe"].append(json.loads(done.stdout))
     seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in results.items()}
     for name, runs in results.items():
         accuracies = [run["test/acc"] for run in runs]

@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import inspect
 import json
 import logging
 import os
@@ -87,14 +88,14 @@ STEP_HOOKS = (
 def skip_empty_hooks(owner: Callback | LightningModule) -> None:
     """Sees to it that Lightning passes over the hooks at each step that do nothing: it calls only what is callable.
 
-    A call costs some microseconds, and there are 80 of them a step; in all as much as a small net's forward pass.
+    base.yaml would have 66 calls a step, of which 8 do something; a call takes up to ten microseconds.
 
     Args:
         owner: Whose hooks they are.
     """
     base = Callback if isinstance(owner, Callback) else LightningModule
     for hook in STEP_HOOKS:
-        if getattr(type(owner), hook) is getattr(base, hook):
+        if hook not in vars(owner) and getattr(type(owner), hook) is getattr(base, hook):
             setattr(owner, hook, None)
 
 
@@ -515,6 +516,9 @@ def check_checkpoint(
     if not checkpoint.get("optimizer_states"):
         raise MisconfigurationException(f"checkpoint {path} holds weights only: training can't go on from it")
     made_with = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if key[0] != "_"}
+    if made_with:  # an older version of the class had fewer settings
+        parameters = inspect.signature(type(model)).parameters.values()
+        made_with = {p.name: p.default for p in parameters if p.default is not p.empty} | made_with
     old, new = (flatten({"model": value}) for value in (made_with, settings.get("init_args", {})))
     for name in {**old, **new} if made_with else {}:
         if old.get(name) != new.get(name):

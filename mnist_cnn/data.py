@@ -42,7 +42,7 @@ class TensorBatches(Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         index = torch.tensor(indices)
-        return self.images.index_select(0, index), self.targets[index]  # of images, 15 times as fast as [index]
+        return self.images.index_select(0, index), self.targets[index]  # faster than [index]
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -190,10 +190,12 @@ class MNISTDataModule(LightningDataModule):
         images, targets = batch
         module = self.trainer and self.trainer.lightning_module
         dtype = module.dtype if module else torch.float32  # trainer.precision may ask for another
-        images = images.unsqueeze(1).to(dtype)
+        images = images.unsqueeze(1).float()
         if self.augment and self.trainer and self.trainer.training:
             images = self.augment.to(images)(images.div_(255)).mul_(255)
-        return images.sub_(255 * self.mean).div_(255 * self.std), targets
+        if self.mean:
+            images.sub_(255 * self.mean)
+        return images.div_(255 * self.std).to(dtype), targets
 
     def _read(self, name: str) -> tuple[Tensor, Tensor]:
         """Images uint8 [N, H, W] and targets int64 [N] of train or t10k."""

@@ -95,7 +95,7 @@ def explain(message: str, parser: LightningArgumentParser, given: list[str]) -> 
         if path in _classes():
             return f"{key}: {path} is a class of another kind"
         module = path.partition(".")[0]
-        if module != path and importlib.util.find_spec(module) is None:
+        if module != path and module not in sys.modules and importlib.util.find_spec(module) is None:
             return f"{key}: {path} can't be found, since there is no module {module}; is it installed?"
         return f"{key}: there is no class {path}{_nearest(name, _classes(own=True)) or _nearest(name, _classes())}"
     if types and value:

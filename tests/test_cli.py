@@ -337,13 +337,22 @@ class Counting(Callback):
 
 class Inheriting(Counting):
     pass
+
+class Assigning(Callback):
+    def __init__(self):
+        self.steps = 0
+        self.on_train_batch_end = self.count
+
+    def count(self, *args):
+        self.steps += 1
 """
 
 
 def test_hooks_that_do_something_are_called_at_each_step(folder, monkeypatch):
     (folder / "counting.py").write_text(OF_EACH_STEP)
     monkeypatch.syspath_prepend(folder)
-    cli = main([*FIT, *QUIET, "--trainer.callbacks+=counting.Counting", "--trainer.callbacks+=counting.Inheriting"])
+    own = [f"--trainer.callbacks+=counting.{name}" for name in ("Counting", "Inheriting", "Assigning")]
+    cli = main([*FIT, *QUIET, *own])
     counting = [callback for callback in cli.trainer.callbacks if hasattr(callback, "steps")]
-    assert [callback.steps for callback in counting] == [40, 40]
-    assert [callback.on_before_zero_grad for callback in counting] == [None, None]  # nothing to call
+    assert [callback.steps for callback in counting] == [40, 40, 40]
+    assert [callback.on_before_zero_grad for callback in counting] == 3 * [None]  # nothing to call

@@ -50,11 +50,25 @@ AUGMENTED = ["--data.augment+=kornia.augmentation.RandomAffine", "--data.augment
 def test_run_with_other_settings_can_be_repeated_and_resumed(folder, settings):
     args = [*FIT, *QUIET, *settings]
     main(args)
-    main(args)
+    main(["fit", "--config=logs/mnist/version_0/config.yaml"])
     main([*args, "--trainer.max_epochs=1"])
     main([*args, "--ckpt_path=logs/mnist/version_2/checkpoints/last.ckpt"])
-    for other in (1, 3):
-        assert_same_weights(folder / f"logs/mnist/version_{other}", folder / "logs/mnist/version_0")
+    main([*FIT, *QUIET])
+    runs = [folder / f"logs/mnist/version_{n}" for n in range(5)]
+    for other in (runs[1], runs[3]):
+        assert_same_weights(other, runs[0])
+    ours, plain = weights_of(runs[0]), weights_of(runs[4])
+    assert ours.keys() != plain.keys() or not all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+def test_checkpoint_of_a_class_with_fewer_settings_can_be_resumed(folder):
+    main([*FIT, *QUIET, "--trainer.max_epochs=1"])
+    last = folder / "logs/mnist/version_0/checkpoints/last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    del checkpoint["hyper_parameters"]["channels_last"]
+    torch.save(checkpoint, last)
+    main([*FIT, *QUIET, f"--ckpt_path={last}"])
+    assert metrics_of(folder / "logs/mnist/version_1")["epochs"] == 2
 
 
 def test_another_seed_gives_another_run(folder):
