@@ -18,6 +18,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+LIBRARIES = ("torch", "lightning", "pytorch", "kornia")
+
 
 class Parser(LightningArgumentParser):
     """LightningArgumentParser whose errors are one line that names the nearest right key."""
