@@ -71,7 +71,7 @@ def main() -> None:
         accuracies = [run["test/acc"] for run in runs]
         told = f"{statistics.mean(accuracies):.4f}, {min(accuracies):.4f} to {max(accuracies):.4f}"
         print(f"{name:14}{seconds[name]:6.2f} s   test/acc {told}")
-    print(f"{'ratio':14}{seconds['fast.yaml'] / seconds['known recipe']:6.2f}")
+    print(f"{'ratio':14}{seconds['fast.yaml'] / seconds['public recipe']:6.2f}")
 
 
 if __name__ == "__main__":

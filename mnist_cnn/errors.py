@@ -121,7 +121,7 @@ def _classes(own: bool = False) -> list[str]:
     for base in classes:  # grows while it is walked
         subclasses: list[type] = base.__subclasses__()
         classes += [kind for kind in subclasses if kind not in classes]
-    return [c.__name__ for c in classes if not (own and c.__module__.startswith(("torch", "lightning", "pytorch")))]
+    return [c.__name__ for c in classes if not (own and c.__module__.startswith(LIBRARIES))]
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
