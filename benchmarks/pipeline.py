@@ -1,25 +1,23 @@
 """Whole batches from memory against the usual pipeline: `python benchmarks/pipeline.py`.
 
 The usual one is torchvision's MNIST with a transform for each image and DataLoaders with worker processes; both train
-configs/base.yaml as shipped, which differs in `data` alone. Processes take turns; an epoch lasts from one epoch's line
+configs/base.yaml as shipped and differ in `data` alone. Processes take turns; an epoch lasts from one epoch's line
 to the next. Prints medians of second epochs, and their ratios.
 """
 
 import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).parents[1]
-sys.path.insert(0, str(Path(__file__).parent))
+import torch
+from epoch import ROUNDS, epochs
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, random_split
+from torchvision import datasets, transforms
 
-import torch  # noqa: E402
-from epoch import ROUNDS, epochs  # noqa: E402
-from lightning.pytorch import LightningDataModule  # noqa: E402
-from torch.utils.data import DataLoader, random_split  # noqa: E402
-from torchvision import datasets, transforms  # noqa: E402
+REPO = Path(__file__).parents[1]
 
 
 class PerImage(LightningDataModule):
