@@ -3,6 +3,7 @@
     python sweep.py                                  # the grid of configs/sweep.yaml
     python sweep.py --config my_grid.yaml --dry_run  # write and check the configs only
     python sweep.py --run_dir some/configs           # run the config files of a folder
+    python sweep.py --launcher slurm                 # as jobs of SLURM, by slurm.py
 
 All state lies in logs/sweeps/NAME, so the same command goes on where the last one was stopped, and a second one shares
 the work. A run is finished when its metrics.json is there and its config.yaml is the one asked for. The program is a
@@ -12,6 +13,7 @@ module has a function preload(), that is called once, before the processes of th
 
 import contextlib
 import csv
+import dataclasses
 import datetime
 import difflib
 import functools
@@ -34,7 +36,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +45,7 @@ from unittest import mock
 import yaml
 from filelock import FileLock, Timeout
 from jsonargparse import ArgumentError, ArgumentParser
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 # No rich up here: in a process that imports it before torch, 1 would be parsed as 1.0, since typing gives the first
 # Union[float, int] that it has seen for each later Union[int, float]. The runs' processes import this file.
@@ -584,11 +586,12 @@ class Sweep:
                 self.show(f"{claimed} still run in another sweep")
                 time.sleep(1)
 
-    def go(self, max_failures: int, **how: Any) -> int:
+    def go(self, max_failures: int, launch: "Callable[[Sweep, dict], Iterator[str]]", **how: Any) -> int:
         """Does what there is to do.
 
         Args:
             max_failures: As in sweep.
+            launch: Does runs, and gives each one's name when it has ended.
             how: Arguments of train.
 
         Returns:
@@ -607,8 +610,7 @@ class Sweep:
                 self.live = stack.enter_context(Live(console=self.console, transient=True))
             self.record()
             self.before, in_a_row = len(self.best()), 0
-            for name in self.claims():
-                self.run(name, how)
+            for name in launch(self, how):
                 self.record()
                 in_a_row = in_a_row + 1 if name in self.failed else 0
                 if in_a_row == max_failures:
@@ -626,6 +628,12 @@ class Sweep:
         if in_a_row == max_failures:
             raise Mistake(f"stopped, since {in_a_row} runs failed in a row: is it the same fault?")
         return 130 if self.stops else 1 if self.failed else 0
+
+    def in_turn(self, how: dict[str, Any]) -> Iterator[str]:
+        """Does one run after another, each in a process of its own; gives the name of each that has ended."""
+        for name in self.claims():
+            self.run(name, how)
+            yield name
 
     def run(self, name: str, how: dict[str, Any]) -> None:
         """Runs one, waits for its end, and notes how it failed."""
@@ -652,11 +660,14 @@ class Sweep:
             reason = "it left no metrics.json, or another config.yaml than it was given"
         if self.stops:
             reason = "stopped by Ctrl-C or a signal"
-        outcome = {"status": "interrupted" if self.stops else "failed", "reason": reason, "time": time.time()}
-        write(self.root / name / "status.json", json.dumps(outcome))
-        if not self.stops:
+        self.note(name, "interrupted" if self.stops else "failed", reason, time.time())
+
+    def note(self, name: str, outcome: str, reason: str, when: float) -> None:
+        """Notes and tells how a run ended that isn't finished."""
+        write(self.root / name / "status.json", json.dumps({"status": outcome, "reason": reason, "time": when}))
+        if outcome == "failed" and when > self.start:
             self.failed[name] = reason
-        self.say(f"{name} {outcome['status']}: {reason} (see {log})")
+        self.say(f"{name} {outcome}: {reason} (see {self.root / name / 'output.log'})")
 
     def stop(self, *_: Any) -> None:
         """What Ctrl-C does: first the current run ends cleanly, then at once."""
@@ -775,6 +786,43 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return "".join(f" (did you mean {match}?)" for match in difflib.get_close_matches(name, known, n=1))
 
 
+@dataclasses.dataclass(frozen=True)
+class Slurm:
+    """What --launcher=slurm asks of SLURM.
+
+    Args:
+        partition: Where the runs go; null: the cluster's default.
+        time: Minutes that a run may take.
+        gpus: For each run.
+        cpus: For each run, one for each of its threads.
+        runs_at_once: No more than so many at a time; null: as many as SLURM lets.
+        options: Further options of sbatch, such as account, qos or mem.
+        poll: Seconds between two questions how the jobs stand.
+    """
+
+    partition: str | None = None
+    time: PositiveInt = 60
+    gpus: NonNegativeInt = 0
+    cpus: PositiveInt = 1
+    runs_at_once: PositiveInt | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    poll: PositiveFloat = 10.0
+
+
+def launch_by(launcher: str, asked: Slurm) -> Callable[[Sweep, dict], Iterator[str]]:
+    """How runs are done: one after another here, or by SLURM.
+
+    Raises:
+        Mistake: If it can't be done here.
+    """
+    if launcher == "local":
+        return Sweep.in_turn
+    try:
+        return importlib.import_module("slurm").Jobs(asked).follow
+    except ImportError as error:
+        raise Mistake(f"launcher slurm needs {error.name}: pip install '.[cluster]'") from error
+
+
 def sweep(
     base: list[str] | str = [],  # noqa: B006  read only, like the next two
     grid: dict[str, Any] = {},  # noqa: B006
@@ -788,6 +836,8 @@ def sweep(
     retry_failed: bool = True,
     max_failures: PositiveInt = 3,
     run_dir: str | None = None,
+    launcher: Literal["local", "slurm"] = "local",
+    slurm: Slurm = Slurm(),
 ) -> int:
     """Writes the configs of a grid into logs/sweeps/NAME/configs and runs them; the same command again goes on.
 
@@ -805,6 +855,8 @@ def sweep(
         retry_failed: Whether runs that failed in an earlier sweep are tried again.
         max_failures: Stop when so many runs fail in a row.
         run_dir: Instead of base and grid: a folder of config files, each of which is run.
+        launcher: Where runs are done: here, one after another, or as jobs of SLURM.
+        slurm: What the launcher slurm asks for each run.
 
     Returns:
         The exit status: 0 if all runs are finished.
@@ -812,6 +864,7 @@ def sweep(
     Raises:
         Mistake: If something has to be changed first.
     """
+    launch = launch_by(launcher, slurm)
     base = files(base)
     fixed, grid = ({".".join(path): value for path, value in flatten(some) if path} for some in (fixed, grid))
     root = Path("logs/sweeps", name or Path(run_dir or "sweep").resolve().name)
@@ -869,7 +922,7 @@ def sweep(
         runs.print_table(runs.names, rows=100)
         runs.say(f"{len(points)} runs: {root / 'configs'}")
         return 0
-    return runs.go(max_failures, program=program, takes_run_dir=takes_run_dir)
+    return runs.go(max_failures, launch, program=program, takes_run_dir=takes_run_dir)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -895,7 +948,7 @@ def main(args: list[str] | None = None) -> int:
             )
         settings = parser.parse_args(args).as_dict()
         settings.pop("config")
-        return sweep(**settings)
+        return sweep(**settings | {"slurm": Slurm(**settings["slurm"])})
     except (Mistake, OSError) as error:
         message = str(error)
     except ArgumentError as error:

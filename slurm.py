@@ -1,0 +1,225 @@
+"""The runs of a sweep as jobs of SLURM: `python sweep.py --launcher=slurm`.
+
+Each run is a task of a job array, with one process in which sweep.py's train does what it does here. Which run is which
+job lies in .locks/slurm.json in the sweep's folder, so that the same command, started again, follows the jobs that there
+are. What a job is given and what it prints before its run begins lies in .locks/slurm.
+"""
+
+import functools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import submitit
+from filelock import Timeout
+
+from sweep import Mistake, Slurm, Sweep, last_line, load, lock, status, train, write
+
+# Of a job that goes no further; the first three are none of its own doing.
+LOST = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL")
+ENDED = (*LOST, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "REVOKED")
+
+
+def run(root: Path, metric: str, how: dict[str, Any], name: str) -> None:
+    """What a job does: a run, unless it is finished by now, or another process is at it."""
+    with lock(root, name, timeout=100):
+        if status(root, name, metric)[0] == "finished":
+            return
+        # Lightning would take the run for one task of a larger whole, and resume it from what it saved when it was
+        # requeued. It is to go as on any other machine.
+        os.environ.pop("SLURM_NTASKS", None)
+        warnings.filterwarnings("ignore", "The `srun` command is available")
+        train(root, name, **how)
+
+
+class Jobs:
+    """The jobs of a sweep.
+
+    Args:
+        asked: What each job asks for.
+
+    Raises:
+        Mistake: If this machine has no SLURM.
+    """
+
+    def __init__(self, asked: Slurm) -> None:
+        self.asked = asked
+        for command in ("sbatch", "squeue", "scancel", "scontrol"):
+            if not shutil.which(command):
+                raise Mistake(f"launcher slurm needs SLURM's {command}, which is not on PATH")
+
+    def follow(self, runs: Sweep, how: dict[str, Any]) -> Iterator[str]:
+        """Submits the runs that there are to do and have no job yet, and waits for all.
+
+        Ctrl-C ends the waiting only. If the caller wants no more, the jobs are cancelled.
+
+        Args:
+            runs: The sweep.
+            how: Arguments of train.
+
+        Yields:
+            Each run that has ended, finished or failed.
+
+        Raises:
+            Mistake: If SLURM refuses a job.
+        """
+        self.root, self.runs, self.how = runs.root, runs, how
+        record = self.root / ".locks/slurm.json"
+        todo, told = [name for name in runs.names if runs.is_open(name)], False
+        while todo:
+            with lock(self.root, "slurm"):  # another follower may have seen the same
+                jobs = before = load(record) or {}
+                states = self.states()
+                if states is not None:
+                    jobs = self.submit(self.settle(jobs, states, late=not told))
+                    if jobs != before:
+                        write(record, json.dumps(jobs))
+            mine = {jobs[name] for name in todo if name in jobs}
+            if not told and mine:
+                runs.say(f"{len(mine)} runs are with SLURM: squeue --jobs={self.ids(mine)}")
+            told = told or states is not None
+            for name in [name for name in todo if name not in jobs and not runs.is_open(name)]:
+                todo.remove(name)
+                if name in runs.finished:
+                    runs.say(runs.progress(name))
+                try:
+                    yield name
+                except GeneratorExit:
+                    self.cancel(record)
+                    raise
+            stand = [(states or {}).get(job, "PENDING").lower() for job in mine]
+            counts = ", ".join(f"{stand.count(state)} {state}" for state in sorted(set(stand)))
+            end = time.monotonic() + self.asked.poll * bool(todo)
+            while time.monotonic() < end and not runs.stops:
+                runs.show("SLURM doesn't answer" if states is None else counts)
+                time.sleep(0.1)
+            if runs.stops:
+                ids = self.ids(mine)
+                return runs.say(
+                    f"the jobs go on: scancel {ids.replace(',', ' ')} ends them" if ids else "no job is left"
+                )
+
+    def states(self) -> dict[str, str] | None:
+        """How this user's jobs stand; None if SLURM doesn't answer."""
+        command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i %T"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            return None
+        return dict(line.split() for line in done.stdout.splitlines())
+
+    def settle(self, jobs: dict[str, str], states: dict[str, str], late: bool) -> dict[str, str]:
+        """Notes which runs failed of those whose jobs have ended.
+
+        Args:
+            jobs: Job of each run.
+            states: That of each job.
+            late: Whether they ended before this process began to follow them: then they may be tried again.
+
+        Returns:
+            The jobs that have not ended.
+        """
+        left = dict(jobs)
+        for name in self.runs.names:
+            state = states.get(jobs.get(name, ""), "")
+            if name not in jobs or (state and state not in ENDED):
+                continue
+            job, log = left.pop(name), self.root / name / "output.log"
+            os.listdir(self.root)  # a network's file system may show an old state of a file, but not of a folder
+            stands, details = self.runs.look(name)
+            if stands != "finished" and state not in LOST and self.is_free(name):
+                printed = self.printed(job)
+                reason = self.reason(job, state, printed) or details.get("reason") or last_line(log, "error: ")
+                log.parent.mkdir(exist_ok=True)
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write(printed)
+                when = 0 if late else time.time()
+                self.runs.note(name, "failed", reason.removeprefix("error: ") or "it left no metrics.json", when)
+        if jobs and not left:
+            shutil.rmtree(self.root / ".locks/slurm", ignore_errors=True)
+        return left
+
+    def printed(self, job: str) -> str:
+        """What a job printed before its run began, or SLURM of it."""
+        logs = [self.root / ".locks/slurm" / f"{job}_0_log.{end}" for end in ("out", "err")]
+        lines = [line for log in logs if log.exists() for line in log.read_text(errors="replace").splitlines()]
+        return "".join(f"{line}\n" for line in lines if not line.startswith("submitit "))
+
+    def reason(self, job: str, state: str, printed: str) -> str:
+        """Why a job failed, unless the run's own log tells."""
+        if state not in ("COMPLETED", "FAILED", ""):
+            return f"job {job} is {state.lower()}"
+        if killed := re.search(r"srun: error: .*: task 0: (?!Exited)(.+)", printed):
+            return killed[1]
+        own = [line for line in printed.splitlines() if not re.match(r"srun:|slurmstepd:", line)]
+        return own[-1] if own else ""
+
+    def is_free(self, name: str) -> bool:
+        """Whether no process is at a run, here or in a job."""
+        try:
+            with lock(self.root, name, timeout=0):
+                return True
+        except Timeout:
+            return False
+
+    def submit(self, jobs: dict[str, str]) -> dict[str, str]:
+        """Submits the runs that have no job.
+
+        Args:
+            jobs: Job of each run that has one.
+
+        Returns:
+            The same with the new ones.
+
+        Raises:
+            Mistake: If SLURM refuses.
+        """
+        asked, names = self.asked, [name for name in self.runs.names if name not in jobs and self.runs.is_open(name)]
+        names = [name for name in names if self.is_free(name)][: self.longest_array]
+        if not names or (jobs and asked.runs_at_once):  # an array's limit is its own: one array at a time
+            return jobs
+        executor = submitit.SlurmExecutor(self.root / ".locks/slurm")
+        given = {"partition": asked.partition, "gpus_per_node": asked.gpus, **asked.options}
+        try:
+            executor.update_parameters(
+                job_name=self.root.name,
+                time=asked.time,
+                cpus_per_task=asked.cpus,
+                array_parallelism=asked.runs_at_once or len(names),
+                setup=[f"export PYTHONPATH={shlex.quote(os.pathsep.join(sys.path))}"],
+                additional_parameters={key: value for key, value in given.items() if value not in (None, 0)},
+            )
+            work = functools.partial(run, self.root, self.runs.metric, self.how)
+            new = executor.map_array(work, names)
+        except submitit.core.utils.FailedJobError as error:
+            raise Mistake(f"SLURM takes no job: {error}") from error
+        self.runs.say(f"submitted {len(new)} runs to SLURM: job {new[0].job_id.partition('_')[0]}")
+        return jobs | {name: job.job_id for name, job in zip(names, new)}
+
+    @functools.cached_property
+    def longest_array(self) -> int:
+        """As many runs as SLURM takes in one array."""
+        shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True).stdout
+        found = re.search(r"MaxArraySize\s*=\s*(\d+)", shown)
+        return int(found[1]) if found else 1000
+
+    def cancel(self, record: Path) -> None:
+        """Ends the jobs of the sweep's runs."""
+        with lock(self.root, "slurm"):
+            jobs = load(record) or {}
+            mine = [jobs.pop(name) for name in self.runs.names if name in jobs]
+            if mine:
+                subprocess.run(["scancel", *mine], check=False)
+            write(record, json.dumps(jobs))
+
+    def ids(self, jobs: set[str]) -> str:
+        """Numbers of jobs, an array's but once."""
+        return ",".join(sorted({job.partition("_")[0] for job in jobs}))

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# A SLURM of its own on this machine, for the tests: `slurm.sh start FOLDER`, `slurm.sh stop FOLDER`.
+# Configuration, key, state and logs lie in FOLDER; SLURM_CONF=FOLDER/slurm.conf has SLURM's commands use it.
+# Needs Debian's slurm-wlm and munge, and root, as which the jobs' processes are started.
+set -euo pipefail
+folder=$2
+export SLURM_CONF=$folder/slurm.conf
+
+stop() {
+    scancel --state=RUNNING --user="$(id -u)" 2> /dev/null || true
+    for daemon in slurmd slurmctld munged; do
+        [ ! -e "$folder/$daemon.pid" ] || kill "$(cat "$folder/$daemon.pid")" 2> /dev/null || true
+    done
+}
+
+start() {
+    mkdir -p "$folder/state" "$folder/spool" "$folder/munge"
+    chmod 700 "$folder/munge"
+    dd if=/dev/urandom of="$folder/munge/key" bs=1 count=1024 status=none
+    chmod 400 "$folder/munge/key"
+    munged --key-file="$folder/munge/key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
+        --log-file="$folder/munge/log" --seed-file="$folder/munge/seed" --force
+    read -r control node < <(python3 -c "
+import socket
+free = [socket.socket() for _ in range(2)]
+for one in free:
+    one.bind(('127.0.0.1', 0))
+print(*(one.getsockname()[1] for one in free))")
+    cat > "$SLURM_CONF" << END
+ClusterName=test
+SlurmctldHost=$(hostname -s)(127.0.0.1)
+SlurmctldPort=$control
+SlurmdPort=$node
+SlurmUser=root
+# A requeued job may begin when the credentials of its last start have expired, usually after two minutes.
+AuthInfo=socket=$folder/munge.socket,cred_expire=5
+StateSaveLocation=$folder/state
+SlurmdSpoolDir=$folder/spool
+SlurmctldPidFile=$folder/slurmctld.pid
+SlurmdPidFile=$folder/slurmd.pid
+SlurmctldLogFile=$folder/slurmctld.log
+SlurmdLogFile=$folder/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_min_interval=100000,bf_interval=1
+KillWait=10
+ReturnToService=2
+MailProg=/bin/true
+MaxArraySize=4
+# Two CPUs for two runs at once, whatever there is.
+SlurmdParameters=config_overrides
+NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+END
+    slurmctld -c
+    slurmd
+    for _ in $(seq 100); do
+        ! sinfo --noheader --format=%T 2> /dev/null | grep -q idle || exit 0
+        sleep 0.1
+    done
+    tail -n 5 "$folder"/*.log >&2
+    stop
+    exit 1
+}
+
+"$1"

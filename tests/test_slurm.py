@@ -1,0 +1,189 @@
+"""Sweeps and single runs as jobs of a real SLURM, of one node on this machine."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import sweeps
+from conftest import REPO
+from sweeps import LOSS, grid, less_times, rows, settings
+
+import sweep
+
+RUNS = Path("logs/sweeps/tiny")
+SLURM = ["--launcher=slurm", "--slurm.poll=1"]
+FOREIGN = [*LOSS, "--name=tiny", "--base=[]"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A SLURM that runs two jobs at once, for this process and those that it starts."""
+    for command in ("sbatch", "slurmctld", "slurmd", "munged"):
+        if not shutil.which(command):
+            pytest.skip(f"no {command}: Debian's packages are slurm-wlm and munge")
+    if os.geteuid():
+        pytest.skip("only root can start SLURM's daemons")
+    pytest.importorskip("submitit", reason="no submitit: pip install '.[cluster]'")
+    folder = tmp_path_factory.mktemp("slurm")
+    script = [str(REPO / "tests/slurm.sh")]
+    try:
+        subprocess.run([*script, "start", str(folder)], check=True, timeout=60)
+        yield folder
+    finally:
+        subprocess.run([*script, "stop", str(folder)], check=True, timeout=60)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, request):
+    """Jobs of a thread each; no output that waits in a buffer."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    if "cluster" in request.fixturenames:
+        monkeypatch.setenv("SLURM_CONF", str(request.getfixturevalue("cluster") / "slurm.conf"))
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 90):
+    """Waits until it holds; gives what it is."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end and process.poll() is None, process.communicate(timeout=5)[0]
+        time.sleep(0.05)
+    return found
+
+
+def trained() -> list[str]:
+    """The runs of foreign.py that began to train, each as often as it did."""
+    return Path("trained.txt").read_text().split() if os.path.exists("trained.txt") else []
+
+
+def jobs() -> list[str]:
+    """States of the jobs that SLURM has."""
+    shown = subprocess.run(["squeue", "--noheader", "--array", "--format=%T"], capture_output=True, text=True)
+    return shown.stdout.split()
+
+
+def test_a_sweep_gives_what_a_local_one_gives_though_a_run_is_requeued(cluster, folder):
+    args = [*settings(folder, grid={"model.optimizer.nesterov": [False, True]}), "--fixed.num_threads=1"]
+    os.makedirs("local")
+    shutil.copy("tiny.yaml", "local")
+    done = sweeps.in_new_process(*args, cwd="local")
+    assert done.returncode == 0, done.stderr
+    process = sweeps.start(*args, *SLURM)
+    job = re.search(r"job (\d+)", wait_for(process.stdout.readline, process))[1]
+    wait_for(lambda: len(list(RUNS.glob("*/config.yaml"))) == 2, process)
+    subprocess.run(["scontrol", "requeue", f"{job}_1"], check=True)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, printed
+    assert less_times(RUNS / "results.csv") == less_times("local" / RUNS / "results.csv")
+    assert "2 of 2 runs are finished" in printed and (RUNS / "report.html").is_file()
+    assert "warn" not in "".join(path.read_text().lower() for path in RUNS.glob("*/output.log"))
+
+
+def test_the_login_shell_may_end(cluster, foreign):
+    """Nothing is submitted twice, whoever follows, and what ended meanwhile is collected."""
+    args = [*FOREIGN, *SLURM, grid(model__fault=["pause", "x", "y"])]
+    process = sweeps.start(*args)
+    wait_for(trained, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    one, other = sweeps.start(*args), sweeps.start(*args)
+    printed = [process.communicate(timeout=120)[0] for process in (one, other)]
+    assert (one.returncode, other.returncode) == (0, 0), printed
+    assert "submitted" not in "".join(printed) and "runs are with SLURM: squeue --jobs=" in printed[0]
+    assert [row["status"] for row in rows()] == ["finished"] * 3
+    assert len(trained()) == 3
+
+
+def test_ctrl_c_ends_the_waiting_and_not_the_jobs(cluster, foreign):
+    args = [*FOREIGN, *SLURM, grid(model__lr=[0.1])]
+    process = sweeps.start(*args)
+    job = re.search(r"job (\d+)", wait_for(process.stdout.readline, process))[1]
+    os.kill(process.pid, signal.SIGINT)
+    printed = process.communicate(timeout=30)[0]
+    assert process.returncode == 130
+    assert f"the jobs go on: scancel {job} ends them" in printed and "the same command goes on" in printed
+    assert sweeps.in_new_process(*args).returncode == 0
+    assert len(trained()) == 1
+
+
+def test_failed_runs_are_told_with_their_logs(cluster, foreign):
+    """Whatever it was; and they are tried again when they are asked for again."""
+    args = [*FOREIGN, *SLURM, grid(model__fault=["exit", "kill", "wait", "x", "nan"]), "--max_failures=9"]
+    process = sweeps.start(*args)
+    job = re.search(r"job (\d+)", wait_for(process.stdout.readline, process))[1]
+    wait_for(lambda: any("fault=wait" in line for line in trained()), process)
+    subprocess.run(["scancel", f"{job}_2"], check=True)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, printed
+    assert [row["status"] for row in rows()] == ["failed", "failed", "failed", "finished", "failed"]
+    for name, reason in {
+        "000-fault=exit": "this fault was asked for",
+        "001-fault=kill": "Killed",
+        "002-fault=wait": f"job {job}_2 is cancelled",
+        "004-fault=nan": "diverged: loss is nan",
+    }.items():
+        log = RUNS / name / "output.log"
+        assert f"failed: {name}: {reason} (see {log})" in printed
+        assert log.stat().st_size
+    done = sweeps.in_new_process(*args, "--retry_failed=false")
+    assert done.returncode == 1 and "submitted" not in done.stdout and len(trained()) == 5
+
+
+def test_a_fault_of_all_runs_cancels_the_rest(cluster, foreign):
+    args = [*FOREIGN, *SLURM, "--slurm.runs_at_once=1", "--max_failures=1"]
+    done = sweeps.in_new_process(*args, "--fixed.model.fault=exit", grid(model__lr=[0.1, 0.2, 0.3]))
+    assert done.returncode == 1 and "stopped, since 1 runs failed in a row" in done.stderr
+    assert not {"PENDING", "RUNNING"} & set(jobs())
+    assert [row["status"] for row in rows()].count("failed") == 1
+
+
+def test_what_fails_before_the_run_begins_is_told(cluster, foreign, monkeypatch):
+    Path("own.py").write_text(
+        "import os\nfrom foreign import main\nassert 'SLURM_JOB_ID' not in os.environ, 'not here'\n"
+    )
+    args = ["--program=own:main", "--metric=loss", "--mode=min", "--name=tiny", "--base=[]", grid(model__lr=[0.1])]
+    done = sweeps.in_new_process(*args, *SLURM)
+    assert done.returncode == 1 and "not here" in done.stdout, done
+
+
+def without(command: str, folder: Path) -> str:
+    """A PATH on which a command is missing."""
+    folder.mkdir()
+    for name in ("sbatch", "squeue", "scancel", "scontrol", "srun"):
+        if name != command:
+            (folder / name).symlink_to("/bin/true")
+    return str(folder)
+
+
+def test_a_missing_command_or_package_is_told_before_anything_is_written(foreign, monkeypatch, capfd):
+    args = [*FOREIGN, "--launcher=slurm", grid(model__lr=[0.1])]
+    monkeypatch.setenv("PATH", without("squeue", foreign / "bin"))
+    assert sweep.main(args) == 1
+    assert capfd.readouterr().err == "error: launcher slurm needs SLURM's squeue, which is not on PATH\n"
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    monkeypatch.delitem(sys.modules, "slurm", raising=False)
+    assert sweep.main(args) == 1
+    assert capfd.readouterr().err == "error: launcher slurm needs submitit: pip install '.[cluster]'\n"
+    assert not Path("logs").exists()
+
+
+MISTAKES = {
+    "partition": ("--slurm.partition=nix", "Invalid partition name specified"),
+    "option": ("--slurm.options.qoss=x", "unrecognized option '--qoss=x'"),
+    "setting": ("--slurm.partitoin=main", "unknown setting slurm.partitoin (did you mean slurm.partition?)"),
+    "time": ("--slurm.time=0", 'key "slurm.time"'),
+}
+
+
+@pytest.mark.parametrize("argument, told", MISTAKES.values(), ids=MISTAKES.keys())
+def test_what_slurm_refuses_gets_a_line(cluster, foreign, capfd, argument, told):
+    assert sweep.main([*FOREIGN, *SLURM, argument, grid(model__lr=[0.1, 0.2])]) == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], lines
+    assert not list(Path("logs").glob("sweeps/tiny/0*"))
