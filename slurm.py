@@ -1,11 +1,13 @@
 """The runs of a sweep as jobs of SLURM: `python sweep.py --launcher=slurm`.
 
-Each run is a task of a job array, with one process in which sweep.py's train does what it does here. Which run is which
-job lies in .locks/slurm.json in the sweep's folder, so that the same command, started again, follows the jobs that there
-are. What a job is given and what it prints before its run begins lies in .locks/slurm.
+Each run is a task of a job array, in which sweep.py's train does what it does here. Which run is which job lies in
+.locks/slurm.json in the sweep's folder, so that the same command, started again, follows the jobs that there are. What
+a job is given, and what it prints before its run begins, lies in .locks/slurm.
 """
 
+import contextlib
 import functools
+import io
 import json
 import os
 import re
@@ -198,9 +200,11 @@ class Jobs:
                 additional_parameters={key: value for key, value in given.items() if value not in (None, 0)},
             )
             work = functools.partial(run, self.root, self.runs.metric, self.how)
-            new = executor.map_array(work, names)
-        except submitit.core.utils.FailedJobError as error:
-            raise Mistake(f"SLURM takes no job: {error}") from error
+            with contextlib.redirect_stderr(io.StringIO()):  # the error has it as well
+                new = executor.map_array(work, names)
+        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+            told = re.sub(r"^sbatch: (error: )?", "", str(error), flags=re.MULTILINE)
+            raise Mistake(f"SLURM takes no job: {'; '.join(told.splitlines())}") from error
         self.runs.say(f"submitted {len(new)} runs to SLURM: job {new[0].job_id.partition('_')[0]}")
         return jobs | {name: job.job_id for name, job in zip(names, new)}
 

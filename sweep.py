@@ -953,10 +953,8 @@ def main(args: list[str] | None = None) -> int:
         message = str(error)
     except ArgumentError as error:
         message = str(error)
-        if unknown := re.search(r"(?:Option '|unrecognized arguments: --)(\w+)", message):
-            message = (
-                f"unknown setting {unknown[1]}{nearest(unknown[1], ('config', *inspect.signature(sweep).parameters))}"
-            )
+        if unknown := re.search(r"(?:Option '|unrecognized arguments: --)([\w.]+)", message):
+            message = f"unknown setting {unknown[1]}{nearest(unknown[1], (action.dest for action in parser._actions))}"
     except KeyboardInterrupt:
         return 130
     finally:
