@@ -20,7 +20,6 @@ import functools
 import gc
 import hashlib
 import importlib
-import inspect
 import io
 import itertools
 import json

@@ -5,10 +5,7 @@ import socket
 import subprocess
 import sys
 
-import pytest
-from conftest import FIT, REPO, assert_same_weights, metrics_of
-
-from main import main
+from conftest import FIT, REPO
 
 TWO = ["--trainer.num_nodes=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--num_threads=1"]
 

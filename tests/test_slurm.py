@@ -86,19 +86,21 @@ def test_a_sweep_gives_what_a_local_one_gives_though_a_run_is_requeued(cluster, 
 
 
 def test_the_jobs_go_on_without_the_sweep(cluster, foreign):
-    """After Ctrl-C and after the login shell's end; nothing is submitted twice, whoever follows."""
-    args = [*FOREIGN, *SLURM, grid(model__fault=["pause", "x", "y"])]
+    """After the login shell's end and after Ctrl-C; nothing is submitted twice, whoever follows."""
+    args = [*FOREIGN, *SLURM, grid(model__fault=["x", "y", "z"])]
+    partition = ["scontrol", "update", "PartitionName=main"]
+    subprocess.run([*partition, "State=DOWN"], check=True)  # jobs are taken, but none begins
     process = sweeps.start(*args)
     job = re.search(r"job (\d+)", wait_for(process.stdout.readline, process))[1]
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    process = sweeps.start(*args)
+    assert wait_for(process.stdout.readline, process) == f"3 runs are with SLURM: squeue --jobs={job}\n"
     os.kill(process.pid, signal.SIGINT)
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == 130
     assert f"the jobs go on: scancel {job} ends them" in printed and "the same command goes on" in printed
-    process = sweeps.start(*args)
-    assert wait_for(process.stdout.readline, process) == f"3 runs are with SLURM: squeue --jobs={job}\n"
-    wait_for(trained, process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    subprocess.run([*partition, "State=UP"], check=True)
     both = sweeps.start(*args), sweeps.start(*args)
     printed = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
