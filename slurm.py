@@ -1,14 +1,13 @@
 """The runs of a sweep as jobs of SLURM: `python sweep.py --launcher=slurm`.
 
-Each run is a task of a job array, in which sweep.py's train does what it does here. Which run is which job lies in
-.locks/slurm.json in the sweep's folder, so that the same command, started again, follows the jobs that there are. What
-a job is given, and what it prints before its run begins, lies in .locks/slurm.
+Each run is a task of a job array, in which sweep.py's train does what it does here. What submitit keeps of a job lies
+in .locks/slurm in the sweep's folder until it has ended: its files tell the same command, started again, which jobs
+there are. A job without its file does nothing, so none goes unseen, whenever the process ends that submits them.
 """
 
 import contextlib
 import functools
 import io
-import json
 import os
 import re
 import shlex
@@ -24,7 +23,7 @@ from typing import Any
 import submitit
 from filelock import Timeout
 
-from sweep import Mistake, Slurm, Sweep, last_line, load, lock, status, train, write
+from sweep import Mistake, Slurm, Sweep, last_line, lock, status, train
 
 # Of a job that goes no further; the first three are none of its own doing.
 LOST = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL")
@@ -41,6 +40,12 @@ def run(root: Path, metric: str, how: dict[str, Any], name: str) -> None:
         os.environ.pop("SLURM_NTASKS", None)
         warnings.filterwarnings("ignore", "The `srun` command is available")
         train(root, name, **how)
+
+
+@functools.cache
+def run_of(file: Path) -> str:
+    """The run that a job does, by the file that submitit keeps for it."""
+    return submitit.core.utils.DelayedSubmission.load(file).args[0]
 
 
 class Jobs:
@@ -74,17 +79,15 @@ class Jobs:
         Raises:
             Mistake: If SLURM refuses a job.
         """
-        self.root, self.runs, self.how = runs.root, runs, how
-        record = self.root / ".locks/slurm.json"
+        self.root, self.runs, self.how, self.folder = runs.root, runs, how, runs.root / ".locks/slurm"
         todo, told = [name for name in runs.names if runs.is_open(name)], False
         while todo:
             with lock(self.root, "slurm"):  # another follower may have seen the same
-                jobs = before = load(record) or {}
                 states = self.states()
                 if states is not None:
-                    jobs = self.submit(self.settle(jobs, states, late=not told))
-                    if jobs != before:
-                        write(record, json.dumps(jobs))
+                    self.settle(states, late=not told)
+                    self.submit()
+                jobs = self.jobs()
             mine = {jobs[name] for name in todo if name in jobs}
             if not told and mine:
                 runs.say(f"{len(mine)} runs are with SLURM: squeue --jobs={self.ids(mine)}")
@@ -96,7 +99,7 @@ class Jobs:
                 try:
                     yield name
                 except GeneratorExit:
-                    self.cancel(record)
+                    self.cancel()
                     raise
             stand = [(states or {}).get(job, "PENDING").lower() for job in mine]
             counts = ", ".join(f"{stand.count(state)} {state}" for state in sorted(set(stand)))
@@ -118,23 +121,24 @@ class Jobs:
             return None
         return dict(line.split() for line in done.stdout.splitlines())
 
-    def settle(self, jobs: dict[str, str], states: dict[str, str], late: bool) -> dict[str, str]:
+    def jobs(self) -> dict[str, str]:
+        """The number of each run's job, of those that have one."""
+        files = self.folder.glob("*_submitted.pkl")
+        return {run_of(file): file.name.removesuffix("_submitted.pkl") for file in files}
+
+    def settle(self, states: dict[str, str], late: bool) -> None:
         """Notes which runs failed of those whose jobs have ended.
 
         Args:
-            jobs: Job of each run.
-            states: That of each job.
+            states: How each job stands.
             late: Whether they ended before this process began to follow them: then they may be tried again.
-
-        Returns:
-            The jobs that have not ended.
         """
-        left = dict(jobs)
-        for name in self.runs.names:
-            state = states.get(jobs.get(name, ""), "")
-            if name not in jobs or (state and state not in ENDED):
+        jobs = self.jobs()
+        for name in [name for name in self.runs.names if name in jobs]:
+            state = states.get(jobs[name], "")
+            if state and state not in ENDED:
                 continue
-            job, log = left.pop(name), self.root / name / "output.log"
+            job, log = jobs.pop(name), self.root / name / "output.log"
             os.listdir(self.root)  # a network's file system may show an old state of a file, but not of a folder
             stands, details = self.runs.look(name)
             if stands != "finished" and state not in LOST and self.is_free(name):
@@ -145,13 +149,18 @@ class Jobs:
                     file.write(printed)
                 when = 0 if late else time.time()
                 self.runs.note(name, "failed", reason.removeprefix("error: ") or "it left no metrics.json", when)
-        if jobs and not left:
-            shutil.rmtree(self.root / ".locks/slurm", ignore_errors=True)
-        return left
+            self.forget(job)
+        if not jobs:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def forget(self, job: str) -> None:
+        """Removes what is kept of a job."""
+        for file in self.folder.glob(f"{job}_*"):
+            file.unlink()
 
     def printed(self, job: str) -> str:
         """What a job printed before its run began, or SLURM of it."""
-        logs = [self.root / ".locks/slurm" / f"{job}_0_log.{end}" for end in ("out", "err")]
+        logs = [self.folder / f"{job}_0_log.{end}" for end in ("out", "err")]
         lines = [line for log in logs if log.exists() for line in log.read_text(errors="replace").splitlines()]
         return "".join(f"{line}\n" for line in lines if not line.startswith("submitit "))
 
@@ -172,23 +181,20 @@ class Jobs:
         except Timeout:
             return False
 
-    def submit(self, jobs: dict[str, str]) -> dict[str, str]:
-        """Submits the runs that have no job.
-
-        Args:
-            jobs: Job of each run that has one.
-
-        Returns:
-            The same with the new ones.
+    def submit(self) -> None:
+        """Submits the runs that there are to do and have no job.
 
         Raises:
             Mistake: If SLURM refuses.
         """
-        asked, names = self.asked, [name for name in self.runs.names if name not in jobs and self.runs.is_open(name)]
-        names = [name for name in names if self.is_free(name)][: self.longest_array]
+        asked, jobs = self.asked, self.jobs()
+        names = [
+            name for name in self.runs.names if name not in jobs and self.runs.is_open(name) and self.is_free(name)
+        ]
+        names = names[: self.longest_array]
         if not names or (jobs and asked.runs_at_once):  # an array's limit is its own: one array at a time
-            return jobs
-        executor = submitit.SlurmExecutor(self.root / ".locks/slurm")
+            return
+        executor = submitit.SlurmExecutor(self.folder)
         given = {"partition": asked.partition, "gpus_per_node": asked.gpus, **asked.options}
         try:
             executor.update_parameters(
@@ -206,7 +212,6 @@ class Jobs:
             told = re.sub(r"^sbatch: (error: )?", "", str(error), flags=re.MULTILINE)
             raise Mistake(f"SLURM takes no job: {'; '.join(told.splitlines())}") from error
         self.runs.say(f"submitted {len(new)} runs to SLURM: job {new[0].job_id.partition('_')[0]}")
-        return jobs | {name: job.job_id for name, job in zip(names, new)}
 
     @functools.cached_property
     def longest_array(self) -> int:
@@ -215,14 +220,13 @@ class Jobs:
         found = re.search(r"MaxArraySize\s*=\s*(\d+)", shown)
         return int(found[1]) if found else 1000
 
-    def cancel(self, record: Path) -> None:
+    def cancel(self) -> None:
         """Ends the jobs of the sweep's runs."""
         with lock(self.root, "slurm"):
-            jobs = load(record) or {}
-            mine = [jobs.pop(name) for name in self.runs.names if name in jobs]
-            if mine:
+            if mine := [job for name, job in self.jobs().items() if name in self.runs.names]:
                 subprocess.run(["scancel", *mine], check=False)
-            write(record, json.dumps(jobs))
+                for job in mine:
+                    self.forget(job)
 
     def ids(self, jobs: set[str]) -> str:
         """Numbers of jobs, an array's but once."""

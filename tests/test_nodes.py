@@ -5,20 +5,21 @@ import socket
 import subprocess
 import sys
 
-from conftest import FIT, REPO
+from conftest import FIT, REPO, assert_same_weights, in_new_process, metrics_of
 
-TWO = ["--trainer.num_nodes=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--num_threads=1"]
+TWO = ["--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--num_threads=1", "--wandb=null"]
+METRICS = ["--trainer.limit_val_batches=1.0", "--trainer.max_epochs=1"]
 
 
-def test_two_nodes_make_one_run_that_is_that_of_two_devices(folder):
-    """One folder, the same weights and metrics; its config.yaml evaluates alike on one node."""
+def test_two_nodes_make_the_run_of_two_devices(folder):
+    """One folder and one file of events, the same metrics and weights."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     nodes = []
-    for rank in (0, 1):
-        own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": str(rank), "LOCAL_RANK": "0"}
-        command = [sys.executable, str(REPO / "main.py"), *FIT, *TWO, "--wandb=null"]
+    for rank in range(2):
+        own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": str(rank)}
+        command = [sys.executable, str(REPO / "main.py"), *FIT, *TWO, *METRICS, "--trainer.num_nodes=2"]
         nodes.append(
             subprocess.Popen(command, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
@@ -27,4 +28,8 @@ def test_two_nodes_make_one_run_that_is_that_of_two_devices(folder):
     run = folder / "logs/mnist/version_0"
     assert [path.name for path in (folder / "logs/mnist").iterdir()] == ["version_0"]
     assert len(list(run.glob("events.*"))) == 1
-    assert "The run, with its" in printed[0] and "The run, with its" not in printed[1]
+    assert ["The run, with its" in text for text in printed] == [True, False]
+    in_new_process("fit", f"--config={run / 'config.yaml'}", "--trainer.num_nodes=1", "--trainer.devices=2")
+    other = folder / "logs/mnist/version_1"
+    assert metrics_of(run) == metrics_of(other)
+    assert_same_weights(run, other)
