@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A SLURM of its own on this machine, for the tests: `slurm.sh start FOLDER`, `slurm.sh stop FOLDER`.
+# A SLURM of its own on this machine, for the tests: `slurm.sh start FOLDER`, `slurm.sh stop FOLDER`. It has two nodes of
+# one CPU each, both of them this machine.
 # Configuration, key, state and logs lie in FOLDER; SLURM_CONF=FOLDER/slurm.conf has SLURM's commands use it.
 # Needs Debian's slurm-wlm and munge, and root, as which the jobs' processes are started.
 set -euo pipefail
@@ -8,7 +9,7 @@ export SLURM_CONF=$folder/slurm.conf
 
 stop() {
     scancel --state=RUNNING --user="$(id -u)" 2> /dev/null || true
-    for daemon in slurmd slurmctld munged; do
+    for daemon in node1 node2 slurmctld munged; do
         [ ! -e "$folder/$daemon.pid" ] || kill "$(cat "$folder/$daemon.pid")" 2> /dev/null || true
     done
 }
@@ -20,9 +21,9 @@ start() {
     chmod 400 "$folder/munge/key"
     munged --key-file="$folder/munge/key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
         --log-file="$folder/munge/log" --seed-file="$folder/munge/seed" --force
-    read -r control node < <(python3 -c "
+    read -r control node1 node2 < <(python3 -c "
 import socket
-free = [socket.socket() for _ in range(2)]
+free = [socket.socket() for _ in range(3)]
 for one in free:
     one.bind(('127.0.0.1', 0))
 print(*(one.getsockname()[1] for one in free))")
@@ -30,16 +31,15 @@ print(*(one.getsockname()[1] for one in free))")
 ClusterName=test
 SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmctldPort=$control
-SlurmdPort=$node
 SlurmUser=root
 # A requeued job may begin when the credentials of its last start have expired, usually after two minutes.
 AuthInfo=socket=$folder/munge.socket,cred_expire=5
 StateSaveLocation=$folder/state
-SlurmdSpoolDir=$folder/spool
+SlurmdSpoolDir=$folder/spool/%n
 SlurmctldPidFile=$folder/slurmctld.pid
-SlurmdPidFile=$folder/slurmd.pid
+SlurmdPidFile=$folder/%n.pid
 SlurmctldLogFile=$folder/slurmctld.log
-SlurmdLogFile=$folder/slurmd.log
+SlurmdLogFile=$folder/%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -49,18 +49,20 @@ KillWait=10
 ReturnToService=2
 MailProg=/bin/true
 MaxArraySize=4
-# Two CPUs for two runs at once, whatever there is.
+# One CPU each, whatever there is.
 SlurmdParameters=config_overrides
-NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+NodeName=node1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$node1 CPUs=1
+NodeName=node2 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$node2 CPUs=1
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
     slurmctld -c
-    slurmd
+    slurmd -N node1
+    slurmd -N node2
     for _ in $(seq 100); do
-        ! sinfo --noheader --format=%T 2> /dev/null | grep -q idle || exit 0
+        [ "$(sinfo --noheader --Node --format=%T 2> /dev/null | grep -c idle)" != 2 ] || exit 0
         sleep 0.1
     done
-    tail -n 5 "$folder"/*.log >&2
+    for log in "$folder"/*.log; do tail -n 5 "$log" >&2; done
     stop
     exit 1
 }

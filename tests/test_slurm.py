@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import sweeps
-from conftest import REPO
+from conftest import QUIET, REPO, SHORT, metrics_of
 from sweeps import LOSS, grid, less_times, rows, settings
 
 import sweep
@@ -48,11 +48,14 @@ def environment(monkeypatch, request):
         monkeypatch.setenv("SLURM_CONF", str(request.getfixturevalue("cluster") / "slurm.conf"))
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 90):
-    """Waits until it holds; gives what it is."""
+def wait_for(condition, printed: subprocess.Popen | Path, seconds: float = 120):
+    """Waits until it holds; gives what it is. If it never does, what was printed is shown."""
     end = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < end and process.poll() is None, process.communicate(timeout=5)[0]
+        if isinstance(printed, Path):
+            assert time.monotonic() < end, printed.exists() and printed.read_text()
+        else:
+            assert time.monotonic() < end and printed.poll() is None, printed.communicate(timeout=5)[0]
         time.sleep(0.05)
     return found
 
@@ -182,3 +185,39 @@ def test_what_slurm_refuses_gets_a_line(cluster, foreign, capfd, argument, told)
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], lines
     assert not list(Path("logs").glob("sweeps/tiny/0*"))
+
+
+def test_the_readmes_job_of_two_nodes_goes_on_when_it_is_requeued(cluster, folder, monkeypatch):
+    readme = (REPO / "README.md").read_text()
+    Path("nodes.yaml").write_text(re.search(r"```yaml\n(# nodes.yaml.*?)```", readme, re.DOTALL)[1])
+    Path("mnist.sbatch").write_text(re.search(r"```bash\n(#!/bin/bash.*?)```", readme, re.DOTALL)[1])
+    for name in ("main.py", "mnist_cnn", "configs", "data"):
+        os.symlink(REPO / name, name)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # the nodes' names are known to SLURM alone
+    here = ["--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+    settings = [
+        "--trainer.devices=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_epochs=5",
+        "--num_threads=1",
+        *SHORT[1:],
+    ]
+    submitted = subprocess.run(
+        ["sbatch", "--parsable", *here, "mnist.sbatch", *settings, *QUIET], capture_output=True, text=True
+    )
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.strip()
+    root = Path("logs/mnist", job)
+
+    wait_for((root / "version_0/checkpoints/last.ckpt").exists, log := Path(f"mnist-{job}.log"))
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    wait_for((root / "version_1/metrics.json").exists, log)
+    assert sorted(os.listdir(root)) == ["version_0", "version_1"]
+    assert (
+        (root / "version_1/config.yaml")
+        .read_text()
+        .startswith(f"# resumed from {root}/version_0/checkpoints/last.ckpt")
+    )
+    assert metrics_of(root / "version_1")["epochs"] == 5 and not (root / "version_0/metrics.json").exists()
+    assert "Starting with 2 processes" in log.read_text() and "The run, with its" in log.read_text()
