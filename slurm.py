@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +80,18 @@ class Jobs:
             Mistake: If SLURM refuses a job.
         """
         self.root, self.runs, self.how, self.folder = runs.root, runs, how, runs.root / ".locks/slurm"
-        todo, told = [name for name in runs.names if runs.is_open(name)], False
+        todo, first = [name for name in runs.names if runs.is_open(name)], True
         while todo:
             with lock(self.root, "slurm"):  # another follower may have seen the same
                 states = self.states()
                 if states is not None:
-                    self.settle(states, late=not told)
+                    self.settle(states, late=first)
                     self.submit()
                 jobs = self.jobs()
             mine = {jobs[name] for name in todo if name in jobs}
-            if not told and mine:
+            if first and mine:
                 runs.say(f"{len(mine)} runs are with SLURM: squeue --jobs={self.ids(mine)}")
-            told = told or states is not None
+            first = first and states is None
             for name in [name for name in todo if name not in jobs and not runs.is_open(name)]:
                 todo.remove(name)
                 if name in runs.finished:
@@ -101,23 +101,25 @@ class Jobs:
                 except GeneratorExit:
                     self.cancel()
                     raise
-            stand = [(states or {}).get(job, "PENDING").lower() for job in mine]
-            counts = ", ".join(f"{stand.count(state)} {state}" for state in sorted(set(stand)))
+            stand = [states.get(job, "PENDING").lower() for job in mine] if states is not None else []
+            shown = ", ".join(f"{stand.count(state)} {state}" for state in sorted(set(stand)))
             end = time.monotonic() + self.asked.poll * bool(todo)
             while time.monotonic() < end and not runs.stops:
-                runs.show("SLURM doesn't answer" if states is None else counts)
+                runs.show(shown or "waiting for SLURM's answer, or for another sweep")
                 time.sleep(0.1)
             if runs.stops:
-                ids = self.ids(mine)
-                return runs.say(
-                    f"the jobs go on: scancel {ids.replace(',', ' ')} ends them" if ids else "no job is left"
-                )
+                if mine:
+                    runs.say(f"the jobs go on: scancel {self.ids(mine).replace(',', ' ')} ends them")
+                return
 
     def states(self) -> dict[str, str] | None:
-        """How this user's jobs stand; None if SLURM doesn't answer."""
-        command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i %T"]
+        """How the jobs stand that SLURM still knows of; None if it doesn't answer."""
+        ids = self.ids(self.jobs().values())
+        if not ids:
+            return {}
+        command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={ids}", "--format=%i %T"]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
+        if done.returncode and "Invalid job id" not in done.stderr:
             return None
         return dict(line.split() for line in done.stdout.splitlines())
 
@@ -167,7 +169,7 @@ class Jobs:
     def reason(self, job: str, state: str, printed: str) -> str:
         """Why a job failed, unless the run's own log tells."""
         if state not in ("COMPLETED", "FAILED", ""):
-            return f"job {job} is {state.lower()}"
+            return f"job {job} is {state.lower().replace('_', ' ')}"
         if killed := re.search(r"srun: error: .*: task 0: (?!Exited)(.+)", printed):
             return killed[1]
         own = [line for line in printed.splitlines() if not re.match(r"srun:|slurmstepd:", line)]
@@ -228,6 +230,6 @@ class Jobs:
                 for job in mine:
                     self.forget(job)
 
-    def ids(self, jobs: set[str]) -> str:
+    def ids(self, jobs: Iterable[str]) -> str:
         """Numbers of jobs, an array's but once."""
         return ",".join(sorted({job.partition("_")[0] for job in jobs}))

@@ -819,7 +819,8 @@ def launch_by(launcher: str, asked: Slurm) -> Callable[[Sweep, dict], Iterator[s
     try:
         return importlib.import_module("slurm").Jobs(asked).follow
     except ImportError as error:
-        raise Mistake(f"launcher slurm needs {error.name}: pip install '.[cluster]'") from error
+        hint = ": pip install '.[cluster]'" if error.name == "submitit" else ", which is not there"
+        raise Mistake(f"launcher slurm needs {error.name}{hint}") from error
 
 
 def sweep(

@@ -53,13 +53,17 @@ MaxArraySize=4
 SlurmdParameters=config_overrides
 NodeName=node1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$node1 CPUs=1
 NodeName=node2 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$node2 CPUs=1
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+# What is submitted here ends what runs there.
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=2
+PreemptType=preempt/partition_prio
+PreemptMode=CANCEL
 END
     slurmctld -c
     slurmd -N node1
     slurmd -N node2
     for _ in $(seq 100); do
-        [ "$(sinfo --noheader --Node --format=%T 2> /dev/null | grep -c idle)" != 2 ] || exit 0
+        [ "$(sinfo --noheader --partition=main --Node --format=%T 2> /dev/null | grep -c idle)" != 2 ] || exit 0
         sleep 0.1
     done
     for log in "$folder"/*.log; do tail -n 5 "$log" >&2; done

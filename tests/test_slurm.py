@@ -71,7 +71,7 @@ def jobs() -> list[str]:
     return shown.stdout.split()
 
 
-def test_a_sweep_gives_what_a_local_one_gives_though_a_run_is_requeued(cluster, folder):
+def test_a_sweep_gives_what_a_local_one_gives_though_one_run_is_requeued_and_one_preempted(cluster, folder):
     args = [*settings(folder, grid={"model.optimizer.nesterov": [False, True]}), "--fixed.num_threads=1"]
     os.makedirs("local")
     shutil.copy("tiny.yaml", "local")
@@ -81,8 +81,11 @@ def test_a_sweep_gives_what_a_local_one_gives_though_a_run_is_requeued(cluster, 
     job = re.search(r"job (\d+)", wait_for(process.stdout.readline, process))[1]
     wait_for(lambda: len(list(RUNS.glob("*/config.yaml"))) == 2, process)
     subprocess.run(["scontrol", "requeue", f"{job}_1"], check=True)
+    urgent = ["sbatch", "--partition=urgent", "--nodes=2", "--output=urgent.log", "--wrap=true"]
+    subprocess.run(urgent, check=True)
     printed = process.communicate(timeout=120)[0]
     assert process.returncode == 0, printed
+    assert "submitted 1 runs" in printed and "failed" not in printed
     assert less_times(RUNS / "results.csv") == less_times("local" / RUNS / "results.csv")
     assert "2 of 2 runs are finished" in printed and (RUNS / "report.html").is_file()
     assert "warn" not in "".join(path.read_text().lower() for path in RUNS.glob("*/output.log"))
