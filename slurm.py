@@ -25,7 +25,7 @@ from filelock import Timeout
 
 from sweep import Mistake, Slurm, Sweep, last_line, lock, status, train
 
-# Of a job that goes no further; the first three are none of its own doing.
+# How a job ends. What SLURM took from a run through no fault of its own is submitted again.
 LOST = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL")
 ENDED = (*LOST, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "REVOKED")
 
@@ -202,6 +202,7 @@ class Jobs:
             executor.update_parameters(
                 job_name=self.root.name,
                 time=asked.time,
+                signal_delay_s=10,  # before the time is up; a run has nothing to save, submitit would give it 90
                 cpus_per_task=asked.cpus,
                 array_parallelism=asked.runs_at_once or len(names),
                 setup=[f"export PYTHONPATH={shlex.quote(os.pathsep.join(sys.path))}"],
