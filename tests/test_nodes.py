@@ -1,4 +1,4 @@
-"""Runs of several nodes, each a process here: as torchrun or one's own script starts them."""
+"""Runs of several nodes, each of them a process here that one starts oneself; test_slurm.py has SLURM start them."""
 
 import os
 import socket

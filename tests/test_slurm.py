@@ -48,7 +48,7 @@ def environment(monkeypatch, request):
         monkeypatch.setenv("SLURM_CONF", str(request.getfixturevalue("cluster") / "slurm.conf"))
 
 
-def wait_for(condition, printed: subprocess.Popen | Path, seconds: float = 120):
+def wait_for(condition, printed: subprocess.Popen | Path, seconds: float = 180):
     """Waits until it holds; gives what it is. If it never does, what was printed is shown."""
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -72,18 +72,23 @@ def jobs() -> list[str]:
 
 
 def test_a_sweep_gives_what_a_local_one_gives_though_one_run_is_requeued_and_one_preempted(cluster, folder):
-    args = [*settings(folder, grid={"model.optimizer.nesterov": [False, True]}), "--fixed.num_threads=1"]
+    axes = {"model.optimizer.nesterov": [False, True]}
+    args = [*settings(folder, grid=axes, launcher="slurm", slurm={"poll": 1}), "--fixed.num_threads=1"]
     os.makedirs("local")
     shutil.copy("tiny.yaml", "local")
-    done = sweeps.in_new_process(*args, cwd="local")
+    done = sweeps.in_new_process(*args, "--launcher=local", cwd="local")
     assert done.returncode == 0, done.stderr
-    process = sweeps.start(*args, *SLURM)
+    process = sweeps.start(*args)
     job = re.search(r"job (\d+)", wait_for(process.stdout.readline, process))[1]
-    wait_for(lambda: len(list(RUNS.glob("*/config.yaml"))) == 2, process)
-    subprocess.run(["scontrol", "requeue", f"{job}_1"], check=True)
-    urgent = ["sbatch", "--partition=urgent", "--nodes=2", "--output=urgent.log", "--wrap=true"]
-    subprocess.run(urgent, check=True)
-    printed = process.communicate(timeout=120)[0]
+    node = f"$(squeue --noheader --jobs={job}_0 --format=%N)"
+    disturb = {
+        "000": f"sbatch --partition=urgent --nodelist={node} --output=urgent.log --wrap=true",
+        "001": f"scontrol requeue {job}_1",
+    }
+    while disturb:  # each as soon as it trains
+        number = wait_for(lambda: next((n for n in disturb if list(RUNS.glob(f"{n}-*/config.yaml"))), None), process)
+        subprocess.run(disturb.pop(number), shell=True, check=True)
+    printed = process.communicate(timeout=300)[0]
     assert process.returncode == 0, printed
     assert "submitted 1 runs" in printed and "failed" not in printed
     assert less_times(RUNS / "results.csv") == less_times("local" / RUNS / "results.csv")
@@ -108,7 +113,7 @@ def test_the_jobs_go_on_without_the_sweep(cluster, foreign):
     assert f"the jobs go on: scancel {job} ends them" in printed and "the same command goes on" in printed
     subprocess.run([*partition, "State=UP"], check=True)
     both = sweeps.start(*args), sweeps.start(*args)
-    printed = [process.communicate(timeout=120)[0] for process in both]
+    printed = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
     assert "submitted" not in "".join(printed)
     assert [row["status"] for row in rows()] == ["finished"] * 3
@@ -122,7 +127,7 @@ def test_failed_runs_are_told_with_their_logs(cluster, foreign):
     job = re.search(r"job (\d+)", wait_for(process.stdout.readline, process))[1]
     wait_for(lambda: any("fault=wait" in line for line in trained()), process)
     subprocess.run(["scancel", f"{job}_2"], check=True)
-    printed = process.communicate(timeout=120)[0]
+    printed = process.communicate(timeout=300)[0]
     assert process.returncode == 1, printed
     assert [row["status"] for row in rows()] == ["failed", "failed", "failed", "finished", "failed"]
     for name, reason in {
