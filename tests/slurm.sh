@@ -8,9 +8,19 @@ folder=$2
 export SLURM_CONF=$folder/slurm.conf
 
 stop() {
-    scancel --state=RUNNING --user="$(id -u)" 2> /dev/null || true
+    scancel --user="$(id -u)" 2> /dev/null || true
+    for _ in $(seq 200); do # until no process of a job is left
+        [ -n "$(squeue --noheader --states=running,completing 2> /dev/null)" ] || break
+        sleep 0.1
+    done
     for daemon in node1 node2 slurmctld munged; do
-        [ ! -e "$folder/$daemon.pid" ] || kill "$(cat "$folder/$daemon.pid")" 2> /dev/null || true
+        pid=$(cat "$folder/$daemon.pid" 2> /dev/null) || continue
+        kill "$pid" 2> /dev/null || continue
+        for _ in $(seq 50); do
+            kill -0 "$pid" 2> /dev/null || continue 2
+            sleep 0.1
+        done
+        kill -9 "$pid" # a node may wait for what has ended before it
     done
 }
 
