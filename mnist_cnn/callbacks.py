@@ -4,6 +4,7 @@ import csv
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 from tqdm import tqdm
 
-from mnist_cnn.files import write_atomically
+from mnist_cnn.files import check_writable, write_atomically
 from mnist_cnn.loggers import log_figure, log_histograms
 
 
@@ -231,13 +232,15 @@ class PredictionWriter(BasePredictionWriter):
         self.path = path
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses several processes, each of which would see a part.
+        """Refuses several processes, each of which would see a part, and a file that can't be written.
 
         Raises:
             MisconfigurationException: If there are several.
+            OSError: If it can't.
         """
         if trainer.world_size > 1:
             raise MisconfigurationException("predictions are written by one process: give --trainer.devices=1")
+        check_writable(Path(self.path).parent)
 
     def write_on_epoch_end(
         self,

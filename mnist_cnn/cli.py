@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import errno
 import inspect
 import json
 import logging
@@ -15,7 +16,9 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -25,6 +28,7 @@ from typing import Any, Optional
 import torch
 import yaml
 from jsonargparse.typing import PositiveInt
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -35,8 +39,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from mnist_cnn.callbacks import Histograms, ModelGraph, PredictionWriter, TestPictures
 from mnist_cnn.errors import Parser, fail
-from mnist_cnn.files import remove_if_empty, write_atomically
+from mnist_cnn.files import AtomicCheckpointIO, check_writable, remove, remove_if_empty, write_atomically
 from mnist_cnn.loggers import RunFolderTensorBoard, finish_wandb, flatten, log_hyperparameters, start_wandb
+from mnist_cnn.stop import StopBySignal
 
 # What libraries say to each other or in praise of themselves; a user can do nothing about it.
 WARNINGS = [
@@ -66,6 +71,9 @@ CALLBACKS: dict[str, type[Callback]] = {
 LOGGERS = {"tensorboard": RunFolderTensorBoard, "wandb": WandbLogger}
 
 
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has no SIGKILL
+# The disk's, of which the code knows nothing.
+DISKS_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 USERS_MISTAKES = (ValueError, RuntimeError, ImportError, TypeError, MisconfigurationException)
 DEFAULT_NUM_THREADS = torch.get_num_threads()
 
@@ -99,6 +107,12 @@ def skip_empty_hooks(owner: Callback | LightningModule) -> None:
             setattr(owner, hook, None)
 
 
+def _tell_of_thread(args: threading.ExceptHookArgs) -> None:
+    """As ever, but not what TensorBoard's thread can't write: the main thread meets that again, and tells."""
+    if not (type(args.thread).__name__ == "_AsyncWriterThread" and isinstance(args.exc_value, OSError)):
+        threading.__excepthook__(args)
+
+
 class NoProfiler(PassThroughProfiler):
     """Lightning's default, which measures nothing, without making a new context 80 times a step."""
 
@@ -109,23 +123,33 @@ class NoProfiler(PassThroughProfiler):
         return self.nothing
 
 
+def random_state() -> list[torch.Tensor]:
+    """The state of torch's random numbers, on the CPU and on the GPU."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+
+
+def set_random_state(state: list[torch.Tensor]) -> None:
+    """Goes on with random numbers where random_state was."""
+    torch.set_rng_state(state[0].cpu())
+    if len(state) > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state[1].cpu())
+
+
 class RunFolder(Callback):
-    """Writes the run's config.yaml and gives W&B the same config; brings a resumed run's checkpoints along.
+    """Gives W&B the whole config; brings a resumed run's checkpoints along, and its random numbers.
 
     Args:
         cli: The CLI that the run belongs to.
     """
 
+    random_state: list[torch.Tensor] | None = None  # that of the checkpoint from which training goes on
+
     def __init__(self, cli: "ExperimentCLI") -> None:
         self.cli = cli
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Saves the config, once."""
-        if self.cli.run_dir is None or stage != "fit":
-            return
-        with write_atomically(self.cli.run_dir / "config.yaml") as file:
-            file.write(self.cli.config_yaml)
-        for logger in trainer.loggers:
+        """Gives W&B the config, once."""
+        for logger in trainer.loggers if self.cli.run_dir and stage == "fit" else ():
             if isinstance(logger, WandbLogger):
                 logger.log_hyperparams(self.cli.settings)
 
@@ -135,6 +159,8 @@ class RunFolder(Callback):
         Raises:
             MisconfigurationException: If it belongs to a validation, and there is none.
         """
+        if self.random_state is not None and trainer.world_size == 1:
+            set_random_state(self.random_state)
         not_yet_known = trainer.val_dataloaders is None and trainer.limit_val_batches != 0  # type: ignore[attr-defined]
         if sum(trainer.num_val_batches) or not_yet_known:
             return
@@ -152,6 +178,10 @@ class RunFolder(Callback):
         """From here on there is something to lose."""
         self.cli.trained = True
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Saves the state of the random numbers, with which dropout goes on in the middle of an epoch."""
+        checkpoint["random_state"] = random_state()
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Copies what the interrupted run kept, so that the best so far stays the best until it is beaten.
 
@@ -160,6 +190,7 @@ class RunFolder(Callback):
         if not trainer.training:
             checkpoint["callbacks"] = {}  # an evaluation wants the weights alone
             return
+        self.random_state = checkpoint.get("random_state")
         for early_stopping in trainer.early_stopping_callbacks:  # Lightning would let the checkpoint's patience win
             checkpoint["callbacks"].get(early_stopping.state_key, {})["patience"] = early_stopping.patience
         for callback in trainer.checkpoint_callbacks:
@@ -191,7 +222,8 @@ class ExperimentCLI(LightningCLI):
 
     run_dir: Path | None = None  # the run's folder, in the main process of a fit
     settings: dict[str, Any]  # what config.yaml says
-    made_folders: list[Path]  # the run's folder and those above it, as far as this process made them
+    made: list[Path]  # the run's folder and those above it, as far as this process made them
+    found: set[Path]  # what the run's folder held before
     trained = False  # whether a step of training has been made since
 
     def __init__(self, args: ArgsType = None) -> None:
@@ -205,34 +237,60 @@ class ExperimentCLI(LightningCLI):
             self.subcommands = lambda: {given[0]: every[given[0]]}  # type: ignore[method-assign]
         status = 1
         self.wandb_runs: list[Any] = []
-        self.made_folders = []
+        self.made, self.found = [], set()
+        self.stop = StopBySignal()
+        threading.excepthook = _tell_of_thread
         try:
-            super().__init__(
-                LightningModule,
-                LightningDataModule,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                auto_configure_optimizers=False,
-                save_config_callback=None,  # RunFolder does it, for any set of loggers
-                parser_class=Parser,
-                args=args,
-            )
+            with self.stop:
+                super().__init__(
+                    LightningModule,
+                    LightningDataModule,
+                    subclass_mode_model=True,
+                    subclass_mode_data=True,
+                    auto_configure_optimizers=False,
+                    save_config_callback=None,  # RunFolder does it, for any set of loggers
+                    parser_class=Parser,
+                    args=args,
+                )
+                self._close_tensorboard()
             status = 0
         except (MisconfigurationException, FloatingPointError) as error:
             fail(str(error))
-        except RuntimeError as error:
-            if "Early stopping conditioned on metric" not in str(error):
-                raise
-            fail(str(error))  # its monitor is misspelt, or nothing is validated
+        except (Exception, SystemExit) as error:
+            if isinstance(error, RuntimeError) and "Early stopping conditioned on metric" in str(error):
+                fail(str(error))  # its monitor is misspelt, or nothing is validated
+            if isinstance(error, OSError) and error.errno in DISKS_FAULTS:
+                where = error.filename or self.run_dir or Path.cwd()
+                fail(f"{where} can't be written: {error.strerror}{self._how_to_go_on()}")
+            if number := self.stop.received:  # workers of a DataLoader may have got it, too, and be missed
+                fail(f"stopped by {number.name}{self._how_to_go_on()}", 128 + number)
+            raise
         finally:
-            for logger in self.trainer.loggers if hasattr(self, "trainer") else []:
-                if isinstance(logger, RunFolderTensorBoard) and logger.run_dir:
-                    logger.experiment.close()
+            with contextlib.suppress(OSError):  # it has been told
+                self._close_tensorboard()
             for run in self.wandb_runs:
                 finish_wandb(run, status, keep=self.trained or status == 0)
             if self.run_dir and status and not self.trained:
-                for folder in self.made_folders:
-                    shutil.rmtree(folder) if folder == self.run_dir else remove_if_empty(folder)
+                with contextlib.suppress(OSError):
+                    for path in set(self.run_dir.iterdir()) - self.found:
+                        remove(path)
+                for folder in self.made:
+                    remove_if_empty(folder)
+            if status and hasattr(self, "trainer") and self.trainer.strategy.launcher:
+                self.trainer.strategy.launcher.kill(KILL)  # other processes would wait for this one
+            threading.excepthook = threading.__excepthook__
+
+    def _close_tensorboard(self) -> None:
+        for logger in self.trainer.loggers if hasattr(self, "trainer") else []:
+            if isinstance(logger, RunFolderTensorBoard) and logger.run_dir:
+                logger.experiment.close()
+
+    def _how_to_go_on(self) -> str:
+        if not (self.run_dir and self.trained):
+            return ""
+        if not (self.run_dir / "checkpoints/last.ckpt").exists():
+            return "; there is no checkpoint yet"
+        return f"; to go on: main.py fit --config={self.run_dir / 'config.yaml'} --ckpt_path=last"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what a run has beside trainer, model and data."""
@@ -345,9 +403,14 @@ class ExperimentCLI(LightningCLI):
         # With trainer.deterministic, torch would fill each new tensor, which takes a twelfth of a step. It is for
         # operations that read what they haven't written; a net that does so isn't reproducible in any case.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        if any(isinstance(callback, Checkpoint) for callback in callbacks):
+            callbacks.append(self.stop)
         for owner in (*callbacks, self.model):
             skip_empty_hooks(owner)
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        made = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        if type(made.strategy.checkpoint_io) is TorchCheckpointIO:
+            made.strategy.checkpoint_io = AtomicCheckpointIO()
+        return made
 
     def before_fit(self) -> None:
         """Makes the run's folder and tells the callbacks and loggers; starts the loggers."""
@@ -357,18 +420,25 @@ class ExperimentCLI(LightningCLI):
             return self.before_validate()
         given = self.config[self.subcommand].run_dir
         folders = [given] if given else [logger.log_dir for logger in trainer.loggers if logger.log_dir]
-        if folders and Path(folders[0], "config.yaml").exists():
-            raise MisconfigurationException(f"{folders[0]} holds a run already: give the run another folder")
         self._check_checkpoint()
+        for callback in trainer.checkpoint_callbacks:
+            if (elsewhere := getattr(callback, "dirpath", None)) and "://" not in elsewhere:
+                check_writable(Path(elsewhere))
         root = Path(folders[0] if folders else trainer.default_root_dir)
         new = [folder for folder in (root, *root.parents) if not folder.exists()]
         try:
-            if folders:
-                root.mkdir(parents=True, exist_ok=True)
-            self.run_dir = root if folders else new_version(root)
+            run_dir = root if folders else new_version(root)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            found = set(run_dir.iterdir())
+            (run_dir / "config.yaml").touch(exist_ok=False)  # two processes can't both do that
         except OSError as error:
+            if folders and (root / "config.yaml").exists():
+                raise MisconfigurationException(f"{root} holds a run already: give the run another folder") from None
             raise MisconfigurationException(f"{root} can't be written: {error.strerror}") from error
-        self.made_folders = new if folders else [self.run_dir, *new]
+        self.run_dir, self.found, self.made = run_dir, found, [run_dir, *new] if run_dir != root else new
+        with write_atomically(run_dir / "config.yaml") as file:
+            file.write(self.config_yaml)
+        self.stop.path = run_dir / "checkpoints/last.ckpt"
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.run_dir.absolute() / "checkpoints")
@@ -394,6 +464,8 @@ class ExperimentCLI(LightningCLI):
     def _start_wandb(self) -> None:
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger) and self.trainer.is_global_zero:
+                folder = Path(logger.save_dir or ".").absolute()
+                self.made += [new for new in (folder, *folder.parents) if not new.exists()]
                 self.wandb_runs.append(start_wandb(logger))
 
     def after_fit(self) -> None:
@@ -445,13 +517,13 @@ def versions(root: Path) -> dict[int, Path]:
 
 def new_version(root: Path) -> Path:
     """Makes the next free version_N. Two processes never get the same one."""
-    root.mkdir(parents=True, exist_ok=True)
     while True:
-        folder = root / f"version_{max(versions(root), default=-1) + 1}"
+        root.mkdir(parents=True, exist_ok=True)
         try:
+            folder = root / f"version_{max(versions(root), default=-1) + 1}"
             folder.mkdir()
             return folder
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # another process made it, or removed root, which was empty
             continue
 
 

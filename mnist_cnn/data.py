@@ -5,8 +5,10 @@ DataLoader asks its dataset for a whole batch (`__getitems__`), which is one ind
 float and is normalised after it has been moved to the device.
 """
 
+import itertools
 import os
 import struct
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,6 +45,19 @@ class TensorBatches(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         index = torch.tensor(indices)
         return self.images.index_select(0, index), self.targets[index]  # faster than [index]
+
+
+class ResumableLoader(DataLoader):
+    """A DataLoader that goes on in the middle of an epoch.
+
+    It begins at its first batch, not before: Lightning asks for an iterator before it knows where a resumed run stands.
+    """
+
+    epoch: Any = None  # the trainer's loop over it
+
+    def __iter__(self) -> Any:
+        done = self.epoch.batch_progress.current.processed if self.epoch and self.epoch.restarting else 0
+        yield from itertools.islice(super().__iter__(), done, None)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -162,7 +177,7 @@ class MNISTDataModule(LightningDataModule):
             self._sets["predict"] = TensorBatches(images, torch.full([len(images)], -1))
 
     def train_dataloader(self) -> DataLoader:
-        """Batches in an order that depends on the seed and the epoch alone."""
+        """Batches in an order that depends on seed and epoch alone; a resumed epoch goes on where it was left."""
         # Lightning leaves a DistributedSampler alone and tells it the epoch, in one process as in several.
         sampler: DistributedSampler = DistributedSampler(
             self._sets["train"],
@@ -171,7 +186,10 @@ class MNISTDataModule(LightningDataModule):
             seed=_seed(),
             drop_last=self.drop_last,
         )
-        return self._loader(self._sets["train"], sampler, self.batch_size, drop_last=self.drop_last)
+        loader = self._loader(self._sets["train"], sampler, self.batch_size, drop_last=self.drop_last)
+        loader.epoch = self.trainer and self.trainer.fit_loop.epoch_loop
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+        return loader
 
     def val_dataloader(self) -> DataLoader | list:
         """Every validation image once, in order."""
@@ -214,8 +232,8 @@ class MNISTDataModule(LightningDataModule):
         sampler = UnrepeatedDistributedSampler(dataset, *replicas, shuffle=False) if replicas[0] > 1 else None
         return self._loader(dataset, sampler, self.eval_batch_size, drop_last=False)
 
-    def _loader(self, dataset: TensorBatches, sampler: Any, batch_size: int, drop_last: bool) -> DataLoader:
-        return DataLoader(
+    def _loader(self, dataset: TensorBatches, sampler: Any, batch_size: int, drop_last: bool) -> ResumableLoader:
+        return ResumableLoader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,

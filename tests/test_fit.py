@@ -293,16 +293,6 @@ def test_any_loggers_twice_in_a_row(folder, loggers):
     assert len(offline) == (2 if loggers in ([], ["--tensorboard=null"], ["--config=wandb_first.yaml"]) else 0)
 
 
-def test_two_runs_at_once_get_two_folders(tmp_path):
-    from concurrent.futures import ThreadPoolExecutor
-
-    from mnist_cnn.cli import new_version
-
-    with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: new_version(tmp_path / "logs"), range(40)))
-    assert sorted(made) == sorted(tmp_path / "logs" / f"version_{n}" for n in range(40))
-
-
 def test_fast_dev_run_leaves_nothing(folder):
     main(["fit", *BASE, "--trainer.fast_dev_run=true"])
     assert list(folder.iterdir()) == []

@@ -1,0 +1,55 @@
+"""A callback that gives a run a signal at a certain moment."""
+
+import os
+from typing import Any
+
+from lightning.pytorch import Callback
+
+
+class SignalAt(Callback):
+    """Sends signals to its own process.
+
+    Args:
+        hook: The moment: a method of Callback.
+        call: How many times it comes before; counted from 0.
+        number: Of the signal.
+        times: How often it is sent.
+    """
+
+    def __init__(self, hook: str, call: int = 0, number: int = 15, times: int = 1) -> None:
+        def send(*_: Any, **__: Any) -> None:
+            nonlocal call
+            call -= 1
+            for _ in range(times if call == -1 else 0):
+                os.kill(os.getpid(), number)
+
+        setattr(self, hook, send)
+
+
+class FillDisk(Callback):
+    """Fills the disk of the working directory.
+
+    Args:
+        hook: The moment, as above.
+        call: Likewise.
+    """
+
+    def __init__(self, hook: str, call: int = 0) -> None:
+        def fill(*_: Any, **__: Any) -> None:
+            nonlocal call
+            call -= 1
+            if call == -1:
+                fill_disk()
+
+        setattr(self, hook, fill)
+
+
+def fill_disk() -> None:
+    """Writes a file until there is no space."""
+    with open("ballast", "ab", buffering=0) as file:
+        for size in (2**20, 2**12, 1):
+            try:
+                while file.write(bytes(size)) == size:
+                    pass
+            except OSError:
+                pass

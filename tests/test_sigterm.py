@@ -1,0 +1,230 @@
+"""SIGTERM and Ctrl-C during fit: a checkpoint, a status that isn't 0, a run that can go on to the same end."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FIT, QUIET, REPO, assert_same_weights, main, metrics_of
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+TWO = [*FIT, "--num_threads=1", "--trainer.log_every_n_steps=20"]
+DROPPING = """
+from torch import nn
+
+class Dropping(nn.Sequential):
+    def __init__(self, p: float = 0.5):
+        super().__init__(nn.Flatten(), nn.Dropout(p), nn.Linear(784, 10))
+"""
+LAST = Path("logs/mnist/version_0/checkpoints/last.ckpt")
+
+
+@pytest.fixture
+def workplace(folder, monkeypatch):
+    """A working directory with a net that needs random numbers, and with moments."""
+    (folder / "dropping.py").write_text(DROPPING)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.syspath_prepend(REPO / "tests")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, [folder, REPO / "tests"])))
+    return folder
+
+
+def at(hook: str, call: int = 0, **settings) -> list[str]:
+    arguments = {"hook": hook, "call": call, **settings}
+    callback = "--trainer.callbacks+=moments.SignalAt"
+    return [callback, *(f"--trainer.callbacks.{key}={value}" for key, value in arguments.items())]
+
+
+def stopped(capfd, *args: str, status: int = 143) -> list[str]:
+    """What a run that is stopped says on standard error."""
+    capfd.readouterr()
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as ended:
+        main(list(args))
+    assert ended.value.code == status
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    return capfd.readouterr().err.splitlines()
+
+
+def go_on(line: str, *more: str) -> Path:
+    """Does what an error says; returns the new run."""
+    command = shlex.split(line.partition("to go on: ")[2])
+    assert command[0] == "main.py"
+    main([*command[1:], *more])
+    return max(Path("logs/mnist").iterdir())
+
+
+MOMENTS = {
+    "in a step": ("on_train_batch_start", 7),
+    "in a step of the second epoch": ("on_before_optimizer_step", 33),
+    "in the first step": ("on_train_batch_start", 0),
+    "in an epoch's last step": ("on_train_batch_start", 19),
+    "in an epoch's last but one step": ("on_train_batch_start", 18),
+    "in a validation": ("on_validation_batch_start", 0),
+    "at the end of a validation": ("on_validation_end", 0),
+    "in the last step of all": ("on_train_batch_start", 39),
+    "in the last validation": ("on_validation_batch_start", 1),
+    "in the evaluation of the best": ("on_test_batch_start", 0),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run that nothing stops."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "dropping.py").write_text(DROPPING)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        main(DROPOUT)
+    return folder / "logs/mnist/version_0"
+
+
+DROPOUT = [*TWO, *QUIET, "--model.net=dropping.Dropping", "--trainer.limit_val_batches=2"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS.keys())
+def test_a_stopped_run_goes_on_to_the_same_end(workplace, undisturbed, capfd, moment):
+    number = signal.SIGINT if moment[1] % 2 else signal.SIGTERM
+    *_, line = stopped(capfd, *DROPOUT, *at(*moment, number=int(number)), status=128 + number)
+    assert line.startswith(f"error: stopped by {number.name}; to go on: ")
+    assert not Path("logs/mnist/version_0/metrics.json").exists()
+    resumed = go_on(line, "--trainer.callbacks=null")
+    assert metrics_of(resumed) == metrics_of(undisturbed)
+    assert_same_weights(resumed, undisturbed)
+    assert "warn" not in capfd.readouterr().err.lower()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--trainer.accumulate_grad_batches=3"],
+        ["--trainer.val_check_interval=8"],
+        ["--data.num_workers=1"],
+        ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=0.1"],
+    ],
+    ids=["accumulated gradients", "validations within the epoch", "a worker", "a schedule"],
+)
+def test_it_does_so_with_other_settings(workplace, capfd, settings):
+    settings = [*TWO, *QUIET, "--model.net=dropping.Dropping", *settings]
+    *_, line = stopped(capfd, *settings, *at("on_train_batch_start", 7))
+    resumed = go_on(line, "--trainer.callbacks=null")
+    main(settings)
+    assert metrics_of(resumed) == metrics_of(Path("logs/mnist/version_2"))
+    assert_same_weights(resumed, Path("logs/mnist/version_2"))
+
+
+def test_it_can_be_stopped_again_and_again(workplace, capfd):
+    *_, line = stopped(capfd, *TWO, *QUIET, *at("on_train_batch_start", 5))
+    for _ in range(3):
+        *_, line = stopped(capfd, *shlex.split(line.partition("main.py ")[2]))  # the moment is in its config.yaml
+    assert torch.load("logs/mnist/version_3/checkpoints/last.ckpt", weights_only=True)["global_step"] == 24
+    resumed = go_on(line, "--trainer.callbacks=null")
+    main([*TWO, *QUIET])
+    assert_same_weights(resumed, Path("logs/mnist/version_5"))
+
+
+def test_before_the_first_step_nothing_is_left(workplace, capfd):
+    for hook in ("setup", "on_fit_start", "on_train_start"):
+        assert stopped(capfd, *TWO, *at(hook)) == ["error: stopped by SIGTERM"]
+        assert not Path("logs").exists()
+
+
+def test_a_second_signal_ends_at_once(workplace, capfd):
+    lines = stopped(capfd, *TWO, *QUIET, *at("on_validation_batch_start", 1, times=2))
+    assert lines[0] == "stopping after this step; once more: at once"
+    assert torch.load(LAST, weights_only=True)["global_step"] == 20  # the epoch before
+    assert lines[-1].endswith("to go on: main.py fit --config=logs/mnist/version_0/config.yaml --ckpt_path=last")
+    assert len(list(LAST.parent.iterdir())) == 2
+
+
+def test_without_checkpoints_it_ends_at_once_and_says_so(workplace, capfd):
+    off = "--trainer.enable_checkpointing=false"
+    assert stopped(capfd, *TWO, *QUIET, off, *at("on_train_batch_start", 5)) == [
+        "error: stopped by SIGTERM; there is no checkpoint yet"
+    ]
+
+
+def test_an_evaluation_ends_at_once(workplace, capfd):
+    main([*TWO, *QUIET])
+    config = "--config=logs/mnist/version_0/config.yaml"
+    before = sorted(workplace.rglob("*"))
+    for stage in ("validate", "test", "predict"):
+        hook = {"validate": "on_validation_start", "test": "on_test_start", "predict": "on_predict_batch_start"}[stage]
+        assert stopped(capfd, stage, config, *at(hook)) == ["error: stopped by SIGTERM"]
+    assert sorted(workplace.rglob("*")) == before
+
+
+# Real processes, stopped from outside.
+
+
+def begin(*args: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(REPO / "main.py"), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+ENDLESS = [*TWO, "--trainer.max_epochs=1000", "--early_stopping=null"]
+
+
+def wait_for(condition, process: subprocess.Popen | None, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        assert not process or process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_closes_its_files(workplace, number):
+    process = begin(*ENDLESS, "--data.num_workers=1")
+    wait_for(LAST.exists, process)
+    os.killpg(process.pid, number)  # a terminal's Ctrl-C is for its workers and W&B's process too
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert [line for line in errors.splitlines() if line.startswith("error: ")] == [errors.splitlines()[-1]], errors
+    assert "Traceback" not in errors and "wandb sync logs/wandb/offline-run-" in printed
+    (events,) = Path("logs/mnist/version_0").glob("events.*")
+    step = torch.load(LAST, weights_only=True)["global_step"]
+    logged = [event.step for event in EventFileLoader(str(events)).Load()]  # checks each record's sum
+    assert step - 20 <= max(logged) <= step
+    (offline,) = Path("logs/wandb").glob("offline-run-*")
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", "--summary", str(offline)]
+    summary = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
+    assert '"exit_code":1' in summary.replace(" ", "")
+
+
+def test_an_ignored_signal_stays_ignored(workplace):
+    ignore = lambda: [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)]  # noqa: E731
+    process = begin(*TWO, *QUIET, *at("on_train_batch_start", 3), preexec_fn=ignore)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+def alive(group: int) -> list[str]:
+    """The processes of a group that have not ended."""
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if line.split()[0] == str(group) and line.split()[1][0] != "Z"]
+
+
+@pytest.mark.parametrize("whole_group", [False, True], ids=["the first process", "both"])
+def test_two_processes_end_without_a_hang(workplace, whole_group):
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--wandb=null"]
+    process = begin(*ENDLESS, *two)
+    wait_for(LAST.exists, process)
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143, errors
+    assert "error: stopped by SIGTERM; to go on: " in errors and "Traceback" not in errors
+    wait_for(lambda: not alive(process.pid), None, 10)
