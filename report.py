@@ -122,7 +122,7 @@ settings do only in combination.{% endif %}</p>
 {% endif %}
 
 {% if failed %}
-<h2>Failed and interrupted runs</h2>
+<h2>Failed, interrupted and damaged runs</h2>
 <table><tr><th>run<th>status<th>reason<th>its output</tr>
 {% for run in failed %}<tr><td>{{ run.name }}<td>{{ run.status }}<td>{{ run.reason }}<td><code>{{ run.log }}</code>
 {% endfor %}</table>
@@ -368,7 +368,7 @@ def report(folder: Path, metric: str | None = None, mode: Literal["max", "min"] 
     Raises:
         sweep.Mistake: If the folder has no configs, or no run has the metric.
     """
-    saved = sweep.load(folder / "sweep.yaml") or {}
+    saved = sweep.load_sweep(folder / "sweep.yaml")
     metric, mode = metric or saved.get("metric", "val/acc"), mode or saved.get("mode", "max")
     runs = read_runs(folder, metric, saved.get("program", "main:main"))
     if not runs:
@@ -386,6 +386,8 @@ def report(folder: Path, metric: str | None = None, mode: Literal["max", "min"] 
     best = finished[0] if finished else None
     others = Counter(run.status for run in runs if run.status != "finished")
     missing = [f"Not in the plots: {count} of {len(runs)} runs, {status}." for status, count in others.items()]
+    files = filter(None, (sweep.damaged_file(folder / run.name) for run in finished))
+    missing += [f"{file} isn't what the run wrote: the same sweep starts it over." for file in files]
     plots: dict[str, go.Figure | None] = {}
     importances: dict[str, float] = {}
     tag = metric

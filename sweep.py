@@ -35,6 +35,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -174,17 +175,25 @@ def load(path: Path) -> Any:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file: all of it, or nothing."""
+    """Writes a file: all of it, or nothing.
+
+    Raises:
+        OSError: If it can't be written; names it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # a full disk has no name
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def import_program(program: str) -> Any:
@@ -319,7 +328,8 @@ def write_configs(answer: Connection, checked: tuple, points: list[Point], root:
     """Checks the config of each point and then writes those that are not there, in a process of its own.
 
     Args:
-        answer: Is sent the names of the runs and whether the program has an option --run_dir, or a Mistake's text.
+        answer: Is sent the names of the runs, whether the program has an option --run_dir, and the files that were
+            damaged, or a Mistake's text.
         checked: Grid's arguments.
         points: The runs.
         root: The sweep's folder.
@@ -329,8 +339,8 @@ def write_configs(answer: Connection, checked: tuple, points: list[Point], root:
     try:
         grid = Grid(*checked)
 
-        def look() -> tuple[list[str], list[tuple[Path, Point]]]:
-            check_grid(root, settings)
+        def look() -> tuple[list[str], list[tuple[Path, Flat, dict]], list[str]]:
+            damaged = check_grid(root, settings)
             if settings:
                 names = run_names(root, grid.axes, points)
             else:
@@ -341,33 +351,38 @@ def write_configs(answer: Connection, checked: tuple, points: list[Point], root:
                 config, path = grid.config(point), root / "configs" / f"{name}.yaml"
                 if settings and (same := seen.setdefault(hash(str(config)), name)) != name:
                     raise Mistake(f"{same} and {name} are the same run")
-                if not is_written(path, config):
-                    missing.append((path, point))
-            return names, missing
+                values = grid.values(point) if settings else swept_values(Path(grid.values(point)["config"]))
+                if not is_written(path, config, values):
+                    missing.append((path, config, values))
+            return names, missing, damaged + [str(path) for path, *_ in missing if path.exists()]
 
         look()  # nothing is written, and no folder made, before all is checked
         with lock(root, "sweep"):
-            names, missing = look()  # another sweep may have written meanwhile
+            names, missing, damaged = look()  # another sweep may have written meanwhile
             if settings:
                 write(root / "sweep.yaml", yaml.dump(settings, Dumper=DUMPER, sort_keys=False))
-            for path, point in missing:
-                values = grid.values(point)
-                values = values if settings else swept_values(Path(values["config"]))
-                write(path, to_yaml(grid.config(point), values))
-        answer.send((names, ("run_dir",) in grid.reference))
+            for path, config, values in missing:
+                write(path, to_yaml(config, values))
+        answer.send((names, ("run_dir",) in grid.reference, damaged))
     except Exception as error:
         answer.send(str(error) if isinstance(error, Mistake) else f"{type(error).__name__}: {error}")
 
 
-def check_grid(root: Path, settings: dict[str, Any]) -> None:
+def check_grid(root: Path, settings: dict[str, Any]) -> list[str]:
     """Sees to it that a sweep's folder is of the same program and grid, or of a smaller one.
+
+    Returns:
+        Its sweep.yaml, if that is damaged.
 
     Raises:
         Mistake: If it isn't.
     """
-    saved = load(root / "sweep.yaml")
-    if not settings or not isinstance(saved, dict):
-        return
+    path = root / "sweep.yaml"
+    saved = load_sweep(path)
+    if not settings or not path.exists():
+        return []
+    if not saved or is_cut_off(path, yaml.dump(settings, Dumper=DUMPER, sort_keys=False)):
+        return [str(path)]
     before, now = (
         {"the program": [one["program"]], "the axes": [*one["grid"]], **one["grid"]} for one in (saved, settings)
     )
@@ -377,10 +392,23 @@ def check_grid(root: Path, settings: dict[str, Any]) -> None:
             raise Mistake(
                 f"{root} has {key}: {old}, now it is {new}: give the sweep another name, or delete its folder"
             )
+    return []
 
 
-def is_written(path: Path, flat: Flat) -> bool:
-    """Whether a run's config is there already.
+def load_sweep(path: Path) -> dict[str, Any]:
+    """The content of a sweep.yaml; nothing if it isn't all there."""
+    saved = load(path)
+    return saved if isinstance(saved, dict) and isinstance(saved.get("program"), str) else {}  # which comes last
+
+
+def is_cut_off(path: Path, text: str) -> bool:
+    """Whether a file holds the beginning of a text, but not all of it."""
+    there = path.read_text(encoding="utf-8", errors="replace")
+    return there != text and text.startswith(there)
+
+
+def is_written(path: Path, flat: Flat, values: dict[str, Any]) -> bool:
+    """Whether a run's config is there already, and whole.
 
     Raises:
         Mistake: If it is, with other settings.
@@ -391,6 +419,8 @@ def is_written(path: Path, flat: Flat) -> bool:
     for key in {**there, **asked}:
         old, new = (config.get(key, "nothing") for config in (there, asked))
         if old != new:
+            if is_cut_off(path, to_yaml(flat, values)):
+                return False
             change = f"{path} has {'.'.join(key)}: {old}, now it is {new}"
             raise Mistake(f"{change}: give the sweep another name, or delete its folder")
     return True
@@ -406,22 +436,52 @@ def lock(root: Path, name: str, timeout: float = -1) -> Any:
 
 
 def status(root: Path, name: str, metric: str) -> tuple[str, dict[str, Any]]:
-    """How a run stands: finished (with its metrics), failed or interrupted (with reason and time), running, pending."""
+    """How a run stands.
+
+    Returns:
+        finished (with its metrics); failed or interrupted (with reason and time); damaged (with reason); running;
+        pending.
+    """
     run = root / name
     metrics, ended = load(run / "metrics.json"), load(run / "status.json")
-    if isinstance(metrics, dict):
+    ended = ended if isinstance(ended, dict) and {"status", "reason", "time"} <= ended.keys() else {}
+    reason = ""
+    if (run / "metrics.json").exists():
+        configs = (root / "configs" / f"{name}.yaml", run / "config.yaml")
         asked, done = (
-            {path: value for path, value in exact(load(file)).items() if path not in PLACES}
-            for file in (root / "configs" / f"{name}.yaml", run / "config.yaml")
+            {path: value for path, value in exact(load(file)).items() if path not in PLACES} for file in configs
         )
-        if asked == done and () not in asked:
+        unreadable = [file for file, content in zip(configs, (asked, done)) if () in content]
+        unreadable += [] if isinstance(metrics, dict) else [run / "metrics.json"]
+        reason = f"{unreadable[0]} can't be read" if unreadable else f"{configs[1]} is another one than {configs[0]}"
+        if asked == done and not unreadable:
             numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
             if not math.isfinite(numbers.get(metric, 0)):
-                return "failed", {"time": 0, **(ended or {}), "reason": f"diverged: {metric} is {numbers[metric]}"}
+                return "failed", {"time": 0, **ended, "reason": f"diverged: {metric} is {numbers[metric]}"}
             return "finished", numbers
-    if isinstance(ended, dict):
+    if ended:
         return ended["status"], ended
+    if reason:
+        return "damaged", {"reason": reason}
     return "running" if run.exists() else "pending", {}
+
+
+def fingerprint(file: Path) -> list[int]:
+    """The size of a file, and a checksum of its beginning and its end, where it would be cut off."""
+    with open(file, "rb") as content:
+        size, checksum = file.stat().st_size, zlib.crc32(content.read(2**16))
+        content.seek(max(0, size - 2**16))
+        return [size, zlib.crc32(content.read(), checksum)]
+
+
+def damaged_file(run: Path) -> Path | None:
+    """A checkpoint or event file of a finished run that isn't what it was; one that was deleted is no damage."""
+    noted = load(run / "files.json")
+    for name, before in noted.items() if isinstance(noted, dict) else ():
+        with contextlib.suppress(OSError):
+            if fingerprint(run / name) != before:
+                return run / name
+    return None
 
 
 def train(root: Path, name: str, program: str, takes_run_dir: bool) -> None:
@@ -431,7 +491,8 @@ def train(root: Path, name: str, program: str, takes_run_dir: bool) -> None:
     if run.exists():
         if any(run.iterdir()) and not (run / "output.log").exists():
             sys.exit(f"error: {run} is no run's folder")
-        run.rename(old := root / ".locks" / f"{name}.{os.getpid()}")  # at once, and not file by file
+        shutil.rmtree(old := root / ".locks" / f"{name}.old", ignore_errors=True)  # from a process that was killed here
+        run.rename(old)  # at once, and not file by file
         shutil.rmtree(old)
     run.mkdir()
     log = os.open(run / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -463,6 +524,9 @@ def train(root: Path, name: str, program: str, takes_run_dir: bool) -> None:
         metrics |= {"epochs": trainer.current_epoch, "seconds": time.monotonic() - start}
         metrics["best_checkpoint"] = os.path.relpath(best, run) if best else None
         write(run / "metrics.json", json.dumps(metrics, indent=2))
+    written = (file for file in run.rglob("*") if file.suffix == ".ckpt" or ".tfevents." in file.name)
+    fingerprints = {str(file.relative_to(run)): fingerprint(file) for file in written if file.is_file()}
+    write(run / "files.json", json.dumps(fingerprints, indent=2))
     claim.lock.release()
 
 
@@ -551,6 +615,8 @@ class Sweep:
         if name in self.finished:
             return "finished", self.finished[name]
         stands, details = status(self.root, name, self.metric)
+        if stands == "finished" and (file := damaged_file(self.root / name)):
+            return "damaged", {"reason": f"{file} isn't what the run wrote"}
         if stands == "finished":
             self.finished[name] = details
         return stands, details
@@ -637,9 +703,13 @@ class Sweep:
     def run(self, name: str, how: dict[str, Any]) -> None:
         """Runs one, waits for its end, and notes how it failed."""
         log, told = self.root / name / "output.log", False
+        stands, details = self.look(name)
+        if stands == "damaged":
+            self.say(f"{details['reason']}, so {name} starts over")
+        start_server(how["program"])  # if it was killed
         process = CONTEXT.Process(target=train, kwargs={"root": self.root, "name": name, **how})
         process.start()
-        while not wait([process.sentinel], timeout=0.25):
+        while not wait([process.sentinel], timeout=0.25) or self.outlives(name):
             self.show(f"{number(name)}  {last_line(log) or 'begins'}")
             with contextlib.suppress(ProcessLookupError):
                 if self.stops > 1:
@@ -667,6 +737,14 @@ class Sweep:
         if outcome == "failed" and when > self.start:
             self.failed[name] = reason
         self.say(f"{name} {outcome}: {reason} (see {self.root / name / 'output.log'})")
+
+    def outlives(self, name: str) -> bool:
+        """Whether a run's process lives on, though nothing is heard of it: the server that forked it was killed."""
+        try:
+            lock(self.root, f"{name}.run", timeout=0.25).lock.release()
+        except Timeout:
+            return True
+        return False
 
     def stop(self, *_: Any) -> None:
         """What Ctrl-C does: first the current run ends cleanly, then at once."""
@@ -916,7 +994,9 @@ def sweep(
         checker.join()
     if isinstance(answer, str):
         raise Mistake(answer)
-    names, takes_run_dir = answer
+    names, takes_run_dir, damaged = answer
+    for file in damaged:
+        runs.say(f"{file} was damaged, and is written anew")
     runs.names = sorted(names)
     if dry_run:
         runs.print_table(runs.names, rows=100)

@@ -55,3 +55,19 @@ def start(*args: str) -> subprocess.Popen:
         text=True,
         start_new_session=True,
     )
+
+
+def parts_of(sweep_process: subprocess.Popen) -> list[int]:
+    """The processes of a sweep: the server, and the run or what comes before it, if there is one."""
+
+    def children(pid: int) -> list[int]:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(child) for child in file.read().split()]
+
+    try:
+        for server in children(sweep_process.pid):
+            if b"forkserver" in Path(f"/proc/{server}/cmdline").read_bytes():
+                return [server, *children(server)]
+    except OSError:
+        pass
+    return []

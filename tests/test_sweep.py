@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -17,7 +16,7 @@ import duckdb
 import pytest
 import yaml
 from conftest import BASE, REPO, SHORT, metrics_of
-from sweeps import GRID, LOSS, NAMES, QUIET, grid, in_new_process, less_times, rows, settings, start
+from sweeps import GRID, LOSS, NAMES, QUIET, grid, in_new_process, less_times, parts_of, rows, settings, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sweep
@@ -427,29 +426,6 @@ def test_a_run_that_diverges_has_failed(folder, capfd):
     assert [row["status"] for row in rows()] == ["failed", "finished"]
 
 
-@pytest.fixture
-def small_disk(foreign):
-    """A working directory with little space."""
-    disk = foreign / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
-    os.chdir(disk)
-    shutil.copy("../foreign.py", ".")
-    yield disk
-    os.chdir(foreign)
-    subprocess.run(["umount", "-l", disk], check=True)
-
-
-def test_a_full_disk_ends_the_run_and_leaves_the_results_whole(small_disk, capfd):
-    args = [*LOSS, "--name=tiny", "--base=[]", "--fixed.trainer.enable_checkpointing=false"]
-    assert "No space left on device" in error(capfd, *args, grid(model__fault=["x", "fill"]))
-    assert [row["status"] for row in rows()] == ["finished", "pending"]
-    shutil.rmtree("logs/sweeps/tiny/001-fault=fill")
-    assert sweep.main([*args, grid(model__fault=["x", "fill", "y"]), "--limit=1"]) == 0
-    assert [row["status"] for row in rows()] == ["finished", "pending"]
-
-
 def wait_for(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -496,41 +472,6 @@ def test_a_run_dies_with_its_sweep_and_starts_over(foreign):
     assert sweep.status(Path("logs/sweeps/tiny"), "000-fault=wait", "loss")[0] == "running"
 
 
-def processes_of(sweep_process: subprocess.Popen) -> list[int]:
-    """The run's process of a sweep, if there is one: a child of the server."""
-
-    def children(pid):
-        with open(f"/proc/{pid}/task/{pid}/children") as file:
-            return [int(child) for child in file.read().split()]
-
-    try:
-        return [run for child in children(sweep_process.pid) for run in children(child)]
-    except OSError:
-        return []
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="/proc is Linux's")
-def test_kills_at_random_moments_change_no_result(tiny, folder):
-    args = [*settings(folder), "--max_failures=100"]
-    kills, chance = 0, random.Random(0)
-    while kills < 10:  # in turn a run, or what comes before it, and the sweep itself
-        process = start(*args)
-        end = time.monotonic() + 60
-        while not processes_of(process) and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.02)
-        time.sleep(chance.uniform(0, 4))
-        for pid in [*processes_of(process)[-1:], process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                kills += 1
-            time.sleep(chance.uniform(0, 2))
-        process.communicate()
-        if Path("logs/sweeps/tiny/results.csv").exists() and all(row["status"] == "finished" for row in rows()):
-            shutil.rmtree("logs")  # too fast
-    assert in_new_process(*args).returncode == 0
-    assert less_times(Path("logs/sweeps/tiny/results.csv")) == less_times(tiny[0] / "logs/sweeps/tiny/results.csv")
-
-
 def test_a_terminal_shows_the_whole_sweep_while_it_runs(foreign):
     pty = pytest.importorskip("pty")
     terminal, theirs = pty.openpty()
@@ -571,8 +512,7 @@ def test_the_server_has_one_thread_and_no_device(program, foreign):
     own = [*LOSS, "--name=tiny", "--base=[]", grid(model__fault=["wait"])]
     process = start(*(settings(foreign) if program == "main" else own))
     wait_for(lambda: list(Path("logs/sweeps/tiny").glob("*/output.log")))
-    (run,) = processes_of(process)
-    server = int(Path(f"/proc/{run}/stat").read_text().rpartition(")")[2].split()[1])
+    server, _ = parts_of(process)
     assert "Threads:\t1\n" in Path(f"/proc/{server}/status").read_text()
     assert not [path for path in Path(f"/proc/{server}/fd").iterdir() if "nvidia" in os.readlink(path)]
     process.send_signal(signal.SIGTERM)
