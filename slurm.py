@@ -23,7 +23,7 @@ from typing import Any
 import submitit
 from filelock import Timeout
 
-from sweep import Mistake, Slurm, Sweep, last_line, lock, status, train
+from sweep import Mistake, Slurm, Sweep, damaged_file, last_line, lock, status, train
 
 # How a job ends. What SLURM took from a run through no fault of its own is submitted again.
 LOST = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL")
@@ -33,7 +33,7 @@ ENDED = (*LOST, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_
 def run(root: Path, metric: str, how: dict[str, Any], name: str) -> None:
     """What a job does: a run, unless it is finished by now, or another process is at it."""
     with lock(root, name, timeout=100):
-        if status(root, name, metric)[0] == "finished":
+        if status(root, name, metric)[0] == "finished" and not damaged_file(root / name):
             return
         # Lightning would take the run for one task of a larger whole, and resume it from what it saved when it was
         # requeued. It is to go as on any other machine.
