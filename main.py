@@ -6,6 +6,7 @@ from lightning.pytorch.cli import ArgsType
 
 import mnist_cnn  # noqa: F401  its classes are known by their short names in YAML
 from mnist_cnn.cli import ExperimentCLI
+from mnist_cnn.files import keep_streams
 
 
 def main(args: ArgsType = None) -> ExperimentCLI:
@@ -28,4 +29,5 @@ def preload() -> None:
 
 
 if __name__ == "__main__":
+    keep_streams()
     main()

@@ -806,11 +806,13 @@ class Sweep:
 
     def say(self, line: str) -> None:
         """Prints a line that stays."""
-        with contextlib.suppress(OSError):  # whoever reads it may have gone
+        try:
             if self.live:
                 self.console.print(line, soft_wrap=True, markup=False)
             else:
                 print(line, flush=True)
+        except OSError:  # whoever reads it has gone; what is left in the buffer would change the exit status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def print_table(self, names: list[str], rows: int = 20) -> None:
         """Prints runs as W&B's run table does: what was swept, how it ended; as many columns as there is room for."""
@@ -944,6 +946,12 @@ def sweep(
     """
     launch = launch_by(launcher, slurm)
     base = files(base)
+    for path, value in itertools.chain(flatten(fixed), flatten(grid)):
+        try:
+            ".".join(path), json.dumps(value)
+        except TypeError:
+            told = f"grid and fixed take text as keys, and values as JSON has them, not {[*path, value]}"
+            raise Mistake(told) from None
     fixed, grid = ({".".join(path): value for path, value in flatten(some) if path} for some in (fixed, grid))
     root = Path("logs/sweeps", name or Path(run_dir or "sweep").resolve().name)
     if name is not None and not re.fullmatch(r"\w[\w.+=@ -]*", name):
@@ -1007,6 +1015,10 @@ def sweep(
 
 def main(args: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    while (hole := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(hole, True)  # or else the next file to be opened would be a closed standard stream
+    os.close(hole)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     args = sys.argv[1:] if args is None else args
     flags = {"--dry_run", "--retry_failed"}
     following = [*args[1:], ""]
@@ -1026,7 +1038,10 @@ def main(args: list[str] | None = None) -> int:
             raise Mistake(
                 "--fixed.KEY and --grid.KEY can be given once for each KEY: give --fixed='{KEY.A: 1, KEY.B: 2}'"
             )
-        settings = parser.parse_args(args).as_dict()
+        try:
+            settings = parser.parse_args(args).as_dict()
+        except (TypeError, ValueError, AttributeError) as error:  # where jsonargparse doesn't expect such a value
+            raise Mistake(f"these settings can't be read: {error}") from error
         settings.pop("config")
         return sweep(**settings | {"slurm": Slurm(**settings["slurm"])})
     except (Mistake, OSError) as error:

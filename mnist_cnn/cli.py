@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any, Optional
 
 import torch
 import yaml
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import restricted_number_type
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, LearningRateMonitor, ModelCheckpoint, ProgressBar
@@ -38,7 +39,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from mnist_cnn.callbacks import Histograms, ModelGraph, PredictionWriter, TestPictures
-from mnist_cnn.errors import Parser, fail
+from mnist_cnn.errors import Parser, fail, fail_unless_own
 from mnist_cnn.files import AtomicCheckpointIO, check_writable, remove, remove_if_empty, write_atomically
 from mnist_cnn.loggers import RunFolderTensorBoard, finish_wandb, flatten, log_hyperparameters, start_wandb
 from mnist_cnn.stop import StopBySignal
@@ -76,6 +77,7 @@ KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has no SIGKILL
 DISKS_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 USERS_MISTAKES = (ValueError, RuntimeError, ImportError, TypeError, MisconfigurationException)
 DEFAULT_NUM_THREADS = torch.get_num_threads()
+Threads = restricted_number_type("Threads", int, [(">", 0), ("<=", 1024)])  # torch takes any, and may crash
 
 
 def _is_of_interest(record: logging.LogRecord) -> bool:
@@ -264,6 +266,8 @@ class ExperimentCLI(LightningCLI):
                 fail(f"{where} can't be written: {error.strerror}{self._how_to_go_on()}")
             if number := self.stop.received:  # workers of a DataLoader may have got it, too, and be missed
                 fail(f"stopped by {number.name}{self._how_to_go_on()}", 128 + number)
+            if isinstance(error, Exception):
+                fail_unless_own(error)
             raise
         finally:
             with contextlib.suppress(OSError):  # it has been told
@@ -306,7 +310,7 @@ class ExperimentCLI(LightningCLI):
         )
         parser.add_argument(
             "--num_threads",
-            type=PositiveInt,
+            type=Threads,
             default=DEFAULT_NUM_THREADS,
             help="Threads of the CPU's operations. Their number changes the last digits of a sum, so it is saved in"
             " config.yaml. The default is torch's, one for each core.",
@@ -356,6 +360,8 @@ class ExperimentCLI(LightningCLI):
         self.config_dump = json.loads(dump)[self.subcommand]
         if config.ckpt_path is not None:
             self.config_yaml = f"# resumed from {config.ckpt_path}\n{self.config_yaml}"
+        # Lightning would unpickle anything from a URL, and a variable of torch's environment could have it do so.
+        config.weights_only = config.weights_only is not False
 
     def instantiate_classes(self) -> None:
         """Instantiates all that the config names.
@@ -370,7 +376,11 @@ class ExperimentCLI(LightningCLI):
             while reason.__cause__ or reason.__context__:
                 reason = reason.__cause__ or reason.__context__  # type: ignore[assignment]
             if isinstance(reason, USERS_MISTAKES) and not os.environ.get("JSONARGPARSE_DEBUG"):
-                raise MisconfigurationException(str(reason)) from error
+                frames = [frame for frame, _ in traceback.walk_tb(reason.__traceback__)]
+                made = [type(frame.f_locals["self"]).__name__ for frame in frames if "self" in frame.f_locals]
+                # Python's own words don't say where: '<' not supported between instances of 'NoneType' and 'int'.
+                place = f"{made[-1]}: " if made and isinstance(reason, TypeError) else ""
+                raise MisconfigurationException(f"{place}{reason}") from error
             raise  # no setting, but a fault in the class: its author wants the traceback
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -459,7 +469,7 @@ class ExperimentCLI(LightningCLI):
         # Not what Lightning fetches from elsewhere: its keywords and URLs.
         if config.ckpt_path is not None and not re.match(r"hpc$|registry|\w+://", str(config.ckpt_path)):
             settings = self.settings["model"] if self.subcommand == "fit" else None
-            check_checkpoint(config.ckpt_path, self.model, config.weights_only is not False, settings)
+            check_checkpoint(config.ckpt_path, self.model, config.weights_only, settings)
 
     def _start_wandb(self) -> None:
         for logger in self.trainer.loggers:
@@ -568,14 +578,15 @@ def check_checkpoint(
         ]
     except FileNotFoundError:
         raise MisconfigurationException(f"there is no checkpoint {path}") from None
-    except pickle.UnpicklingError:
-        raise MisconfigurationException(
-            f"checkpoint {path} is damaged, or holds more than tensors and plain settings"
-        ) from None
-    except (RuntimeError, OSError, EOFError) as error:
-        raise MisconfigurationException(f"checkpoint {path} can't be read, it may be cut off: {error}") from None
     except (KeyError, TypeError, AttributeError):
         raise MisconfigurationException(f"{path} is no checkpoint of Lightning's") from None
+    except Exception as error:  # torch raises what a file makes it raise
+        if weights_only and (isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)):
+            raise MisconfigurationException(
+                f"checkpoint {path} is damaged, or holds more than tensors and plain settings, which might execute"
+                " anything: give --weights_only=false if you trust who made it"
+            ) from None
+        raise MisconfigurationException(f"checkpoint {path} can't be read, it may be cut off: {error}") from None
     for name in {**shapes[0], **shapes[1]}:
         theirs, ours = (shape.get(name, "missing") for shape in shapes)
         if theirs != ours:

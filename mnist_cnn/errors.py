@@ -6,11 +6,14 @@ import inspect
 import os
 import re
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
@@ -19,6 +22,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 LIBRARIES = ("torch", "lightning", "pytorch", "kornia")
+# Files whose frames in a traceback are nothing that the user wrote.
+LIBRARY = re.compile(rf"[\\/](site|dist)-packages[\\/]|^<|^{re.escape(sysconfig.get_path('stdlib'))}")
+PROJECT = str(Path(__file__).parent)
+
+# A config names nets and callbacks, not os.system; jsonargparse would only warn of it, and make any class where any
+# value will do. Its next version won't.
+set_parsing_settings(import_path_denylist=[], instantiate_subclass_spec_in_any=False)
 
 
 class Parser(LightningArgumentParser):
@@ -34,6 +44,10 @@ class Parser(LightningArgumentParser):
             return super().parse_args(args, *more, **kwargs)
         except UnicodeDecodeError as error:
             self.error(f"Problems parsing config: {error}")
+        except Exception as error:
+            if self.exit_on_error:  # unlike the parsers of classes within it
+                fail_unless_own(error)
+            raise
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what was wrong to standard error, in one line, and exits with status 2."""
@@ -46,6 +60,25 @@ def fail(message: str, status: int = 1) -> NoReturn:
     """Prints one line to standard error and exits."""
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(status)
+
+
+def fail_unless_own(error: BaseException) -> None:
+    """Tells in one line what a library or this project raised, and exits; comes back if a class of the user's own did.
+
+    Whoever wrote it wants the traceback, and sees it for anything with JSONARGPARSE_DEBUG=1.
+
+    Args:
+        error: What was raised.
+    """
+    chain, frames = [error], []
+    while inner := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(inner)
+    for link in chain:
+        frames += [frame for frame in traceback.extract_tb(link.__traceback__) if not LIBRARY.search(frame.filename)]
+    own = any(not frame.filename.startswith(PROJECT) for frame in frames)
+    if not own and not os.environ.get("JSONARGPARSE_DEBUG"):
+        place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}; " if frames else ""
+        fail(f"{type(error).__name__}: {error} ({place}JSONARGPARSE_DEBUG=1 shows the traceback)")
 
 
 def explain(message: str, parser: LightningArgumentParser, given: list[str]) -> str:
@@ -102,17 +135,21 @@ def explain(message: str, parser: LightningArgumentParser, given: list[str]) -> 
         return f"{key}: there is no class {path}{_nearest(name, _classes(own=True)) or _nearest(name, _classes())}"
     if types and value:
         return f"{key}: expected {' or '.join(dict.fromkeys(types))}, got {given_value!r}"
+    if denied := re.search(r"Importing '([\w.]+)' is not allowed", message):
+        return f"{key}: {denied[1]} is nothing that a config may name"
     empty = (
         "Parser key",
+        "Expected a path but",
         "Does not validate",
         "Subtypes",
         "Errors",
         "Expected a <class 'NoneType'>",
         "Problem with given",
     )
-    reasons = [line.strip(" -") for line in message.splitlines()]
+    reasons = [re.sub("^Type typing.* callable class: ", "", line.strip(" -")) for line in message.splitlines()]
     reasons = [line for line in reasons if line and not line.startswith(empty)]
-    return f"{key}: {reasons[0]}" if key and reasons else message
+    got = f", got {given_value!r}" if given_value and reasons and "ot a valid subclass" in reasons[0] else ""
+    return f"{key}: {reasons[0]}{got}" if key and reasons else message
 
 
 def _classes(own: bool = False) -> list[str]:

@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import tempfile
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -81,3 +82,27 @@ def remove_if_empty(folder: Path) -> None:
     """Removes a folder in which there is nothing."""
     with suppress(OSError):
         folder.rmdir()
+
+
+class Patient(io.FileIO):
+    """A stream that goes on when nobody reads it any more."""
+
+    def write(self, data: Any, /) -> int:
+        """Writes, or from now on to nowhere."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
+
+
+def keep_streams() -> None:
+    """Sees to it that a run goes on where its output is closed, or its reader ends first, as `| head` does."""
+    while (hole := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(hole, True)  # or else the next file to be opened would be standard output
+    os.close(hole)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        old = getattr(sys, name)
+        raw = io.BufferedWriter(Patient(number, "w", closefd=False))
+        encoding, errors = (old.encoding, old.errors) if old else ("utf-8", "backslashreplace")
+        setattr(sys, name, io.TextIOWrapper(raw, encoding=encoding, errors=errors, line_buffering=True))

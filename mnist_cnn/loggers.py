@@ -1,11 +1,14 @@
 """TensorBoard in the run's folder, W&B with or without an account, and the same pictures and histograms to both."""
 
+import contextlib
 import http.client
 import json
 import os
+import secrets
 import shlex
 import shutil
 import sys
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -189,6 +192,10 @@ def start_wandb(logger: WandbLogger) -> Any:
     in_yaml = "offline" if logger._offline else logger._wandb_init.get("mode")
     logger._offline = False  # Lightning would set WANDB_MODE for the whole process
     wanted = os.environ.get("WANDB_MODE") or in_yaml
+    settings = logger._wandb_init  # with an id, the folder of a run that W&B gives up is known
+    settings["id"] = settings.get("id") or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    pattern = f"wandb/run-*-{settings['id']}"
+    there = set(Path(settings["dir"]).glob(pattern))
     try:
         set_mode(wanted or "online")
     except ValueError:
@@ -205,7 +212,10 @@ def start_wandb(logger: WandbLogger) -> Any:
                 set_mode("offline")
         run = logger.experiment
     except wandb.Error as error:
-        print(f"W&B: {error}", file=sys.stderr)
+        reason = str(error).partition("\n")[0]  # what follows is advice
+        print(f"W&B: {reason}; so the run is offline", file=sys.stderr)
+        for folder in set(Path(settings["dir"]).glob(pattern)) - there:
+            shutil.rmtree(folder, ignore_errors=True)
         set_mode("offline")
         run = logger.experiment
     if not run.offline and run.url:
@@ -239,10 +249,16 @@ def finish_wandb(run: Any, status: int, keep: bool) -> None:
 
 def answers(url: str) -> bool:
     """Whether an HTTP server answers there within 3 seconds, with any status."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3)
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, http.client.HTTPException, ValueError):
-        return False
-    return True
+    heard = []
+
+    def ask() -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            with contextlib.suppress(urllib.error.HTTPError):
+                urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3)
+            heard.append(True)
+
+    # In a thread, since urllib's timeout is for each packet, each address and each redirect, and not for names.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(3)
+    return bool(heard)

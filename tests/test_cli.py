@@ -240,6 +240,13 @@ MISTAKES = {
     "--trainer.callbacks=[EarlyStopping]": ["trainer.callbacks", "monitor"],
     "--trainer.devices=abc": ["devices"],
     "--num_threads=0": ["num_threads", "v>0"],
+    "--num_threads=1000000000000000000000": ["num_threads", "v<=1024"],
+    "--model.optimizer=os.system": ["model.optimizer: os.system is nothing that a config may name"],
+    "--trainer.callbacks=[builtins.exec]": ["trainer.callbacks: builtins.exec is nothing that a config may name"],
+    "--model.optimizer=[1]": ["model.optimizer", "import path", "[1]"],
+    "--model.net=torch.nn.Identity": ["RuntimeError", "shape", "JSONARGPARSE_DEBUG=1 shows the traceback"],
+    "--config=number.yaml": ["histograms: Not a valid subclass of Histograms, got '3'"],
+    "--config=null.yaml": ["MNISTDataModule: ", "NoneType"],
     "--seed_everything=-1": ["seed_everything", "-1"],
     "--test_pictures.num_worst=0": ["num_worst must be at least 1"],
     "--trainer.accelerator=tpu": ["torch_xla"],
@@ -266,6 +273,8 @@ def test_mistake_is_one_line_and_leaves_nothing(folder, capfd, mistake):
     (folder / "list.yaml").write_text("- model")
     (folder / "malformed.yaml").write_text("model: [")
     (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    (folder / "number.yaml").write_text("histograms: 3")
+    (folder / "null.yaml").write_text("data: {init_args: {batch_size: null}}")
     (folder / "unknown.yaml").write_text("trainer: {max_epoch: 3}")
     if "ckpt" in mistake:
         main([*FIT, *QUIET, "--model.net.l1_chan=8", "--trainer.default_root_dir=other"])

@@ -1,7 +1,6 @@
 """One short run with everything on, looked at from all sides."""
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -311,57 +310,6 @@ def test_no_checkpoints_means_the_last_weights(folder):
     assert not (run / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("mode", ["disabled", "offline"])
-def test_wandb_mode_wins(folder, monkeypatch, mode):
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_MODE", mode)
-    main([*FIT, "--tensorboard=null"])
-    assert len(list(folder.glob("logs/wandb/offline-run-*"))) == (mode == "offline")
-
-
-@pytest.mark.parametrize("server", ["refuses", "never answers", "babbles"])
-def test_wandb_server_out_of_reach_costs_seconds(folder, server):
-    """With a key and a broken server: no crash, no prompt, and the run is there, offline."""
-    import os
-    import threading
-
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    if server == "refuses":
-        listener.close()
-    else:
-        listener.listen()
-
-    def babble():
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            with connection:
-                connection.sendall(b"\x00garbage\r\n\r\n")
-
-    if server == "babbles":
-        threading.Thread(target=babble, daemon=True).start()
-    repo = Path(__file__).parents[1]
-    environment = os.environ | {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{port}"}
-    environment.pop("WANDB_MODE", None)
-    done = subprocess.run(
-        [sys.executable, str(repo / "main.py"), *FIT, "--tensorboard=null"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        stdin=subprocess.DEVNULL,
-    )
-    listener.close()
-    assert done.returncode == 0, done.stderr
-    assert "can't be reached" in done.stderr
-    assert "wandb sync logs/wandb/offline-run-" in done.stdout
-    assert json.loads((folder / "logs/mnist/version_0/metrics.json").read_text())["seconds"] < 30
-
-
 def test_loss_that_is_not_finite_stops_the_run(folder, capfd):
     line = error_of(capfd, *FIT, *QUIET, "--model.optimizer.lr=1e30")
     assert "train/loss became" in line and "at step" in line
@@ -402,23 +350,6 @@ def test_two_processes_make_one_run(folder):
     assert set(accumulator.Tags()["images"]) == {"test/confusion_matrix", "test/worst_classified"}
     one = main(["validate", f"--config={run / 'config.yaml'}", "--trainer.devices=1", "--trainer.strategy=auto"])
     assert one.trainer.callback_metrics["val/acc"].item() == metrics["val/acc"]
-
-
-@pytest.mark.parametrize("key", ["abc", "0" * 40])
-@pytest.mark.parametrize("mode", ["online", None])
-def test_wandb_never_crashes(folder, monkeypatch, key, mode):
-    monkeypatch.setenv("WANDB_API_KEY", key)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    if mode:
-        monkeypatch.setenv("WANDB_MODE", mode)
-    main([*FIT, "--tensorboard=null"])
-    assert len(list(folder.glob("logs/wandb/offline-run-*"))) == 1
-
-
-def test_unknown_wandb_mode(folder, monkeypatch, capfd):
-    monkeypatch.setenv("WANDB_MODE", "foo")
-    assert "WANDB_MODE=foo" in error_of(capfd, *FIT)
-    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("setting", ["--data.val_size=0", "--trainer.limit_val_batches=0"])

@@ -290,6 +290,9 @@ MISTAKES = {
     "no configs": (["--config=nix.yaml"], "File does not exist: "),
     "setting": (["--nmae=x"], "unknown setting nmae (did you mean name?)"),
     "lost": (["--fixed.trainer.max_epochs=1", "--fixed.trainer.min_epochs=1"], "can be given once for each KEY"),
+    "key that is no text": (["--grid={1: [1]}"], "grid and fixed take text as keys"),
+    "value that JSON hasn't": (["--grid={a: [!!binary aGk=]}"], "and values as JSON has them, not ['a', [b'hi']]"),
+    "half a class": (['--fixed={"a": {"class_path": "CNN", "init_args": 3}}'], "these settings can't be read"),
     "limit": (["--limit=0"], 'key "limit"'),
     "mode": (["--mode=best"], "Expected a typing.Literal['max', 'min']. Got value: best"),
 }
