@@ -214,6 +214,7 @@ def start_wandb(logger: WandbLogger) -> Any:
     except wandb.Error as error:
         reason = str(error).partition("\n")[0]  # what follows is advice
         print(f"W&B: {reason}; so the run is offline", file=sys.stderr)
+        wandb.teardown()  # or else the id would be in use
         for folder in set(Path(settings["dir"]).glob(pattern)) - there:
             shutil.rmtree(folder, ignore_errors=True)
         set_mode("offline")
