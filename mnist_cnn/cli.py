@@ -51,6 +51,7 @@ WARNINGS = [
     r"The '\w+' does not have many workers",  # the images are in memory
     r"torch.distributed.nn.functional.all_gather is deprecated",  # within Lightning
     r"Total length of `list` across ranks is zero",  # nothing held out for validation
+    r"The `srun` command is available on your system but is not used",  # advice, where it may be meant so
 ]
 MESSAGES = re.compile(
     "Seed set to|GPU available: False|TPU available|💡 Tip|Restoring states from|Loaded model weights from"
