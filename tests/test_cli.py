@@ -244,7 +244,7 @@ MISTAKES = {
     "--model.optimizer=os.system": ["model.optimizer: os.system is nothing that a config may name"],
     "--trainer.callbacks=[builtins.exec]": ["trainer.callbacks: builtins.exec is nothing that a config may name"],
     "--model.optimizer=[1]": ["model.optimizer", "import path", "[1]"],
-    "--model.net=torch.nn.Identity": ["RuntimeError", "shape", "JSONARGPARSE_DEBUG=1 shows the traceback"],
+    "--model.net=torch.nn.Identity": ["optimizer got an empty parameter list"],
     "--config=number.yaml": ["histograms: Not a valid subclass of Histograms, got '3'"],
     "--config=null.yaml": ["MNISTDataModule: ", "NoneType"],
     "--seed_everything=-1": ["seed_everything", "-1"],
