@@ -3,8 +3,8 @@
 import io
 import os
 import shutil
-import tempfile
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
