@@ -17,6 +17,7 @@ GRID = {"model.net.l1_chan": [1, 2, 3, 4, 5, 6], "model.optimizer.nesterov": [Fa
 TINY = QUIET | {"test_pictures": None, "num_threads": 1, "data.data_dir": str(REPO / "data"), "trainer.max_epochs": 1}
 TINY |= {f"trainer.limit_{stage}_batches": 1 for stage in ("train", "val", "test")}
 SWEEP = Path("logs/sweeps/tiny")
+RESULTS = SWEEP / "results.csv"
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="/proc is Linux's")
@@ -27,21 +28,21 @@ def test_fifty_kills_change_no_result(folder, monkeypatch):
     SWEEP.rename("undisturbed")
     chance = random.Random(0)
     victims = chance.sample(list(KILLS), 50, counts=KILLS.values())
-    process, checks = start(*args), None
+    process, began = start(*args), time.time()
     while victims:
         parts = parts_of(process)
-        checks = checks or next(iter(parts[1:]), None)  # the configs come first, in a process of their own
-        kinds = {"run": [pid for pid in parts[1:] if pid != checks], "server": parts[:1], "sweep": [process.pid]}
+        trains = RESULTS.exists() and RESULTS.stat().st_mtime > began  # before that, the configs are checked
+        kinds = {"run": parts[1:] if trains else [], "server": parts[:1], "sweep": [process.pid]}
         if process.poll() is None and not kinds[victims[-1]]:
             time.sleep(0.01)
             continue
-        time.sleep(chance.uniform(0, 1.5))
+        time.sleep(chance.uniform(0, 1))
         if process.poll() is not None:
-            if (SWEEP / "results.csv").exists() and all(row["status"] == "finished" for row in rows()):
+            if RESULTS.exists() and all(row["status"] == "finished" for row in rows()):
                 for row in chance.sample(rows(), 9):  # too fast: they are to be done again
                     shutil.rmtree(SWEEP / row["name"])
             process.communicate()
-            process, checks = start(*args), None
+            process, began = start(*args), time.time()
             continue
         for pid in kinds[victims[-1]][-1:]:
             with contextlib.suppress(ProcessLookupError):  # it has just ended
@@ -51,7 +52,7 @@ def test_fifty_kills_change_no_result(folder, monkeypatch):
     process.communicate()
     done = in_new_process(*args)
     assert done.returncode == 0, done.stderr
-    assert less_times(SWEEP / "results.csv") == less_times(Path("undisturbed/results.csv"))
+    assert less_times(RESULTS) == less_times(Path("undisturbed/results.csv"))
     for run in SWEEP.glob("0*"):
         there, expected = (sorted(os.listdir(some)) for some in (run, Path("undisturbed", run.name)))
         assert there == expected
