@@ -529,13 +529,14 @@ def versions(root: Path) -> dict[int, Path]:
 def new_version(root: Path) -> Path:
     """Makes the next free version_N. Two processes never get the same one."""
     while True:
-        root.mkdir(parents=True, exist_ok=True)
         try:
+            root.mkdir(parents=True, exist_ok=True)
             folder = root / f"version_{max(versions(root), default=-1) + 1}"
             folder.mkdir()
             return folder
         except (FileExistsError, FileNotFoundError):  # another process made it, or removed root, which was empty
-            continue
+            if os.path.lexists(root) and not root.is_dir():
+                raise
 
 
 def find_checkpoint(run: Path, which: str) -> str:

@@ -171,6 +171,6 @@ def test_main_names_a_damaged_file(copy, damage, capfd):
             continue  # what is left of it is a config
         content = file.read_bytes()
         damage(file)
-        line = error_of(capfd, *args, f"--config={run}/config.yaml")
+        line = error_of(capfd, args[0], f"--config={run}/config.yaml", *args[1:])  # the later wins
         assert str(run if file.name == "metrics.json" else file) in line
         file.write_bytes(content)

@@ -14,12 +14,13 @@ from conftest import BASE, QUIET, REPO, SHORT, main, metrics_of
 
 LIMITS = [*SHORT, "--trainer.max_epochs=1", "--num_threads=1"]
 ELSEWHERE = "one's own folder, ü 日本 $HOME #1"
-C = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+C = {"LANG": "C", "LC_ALL": "C"}  # in which Python takes UTF-8, unless it is told not to
 # Importing torch and Lightning warns by itself, so only what this project's files are warned of.
 OURS = ",".join(f"error:::mnist_cnn.{file.stem}" for file in (REPO / "mnist_cnn").glob("*.py")) + ",error:::__main__"
 # What a shell does with the command, and the variables it has.
 ODD: dict[str, tuple[str, dict[str, str]]] = {
     "LANG=C": ('exec "$@"', C),
+    "no UTF-8": ('exec "$@"', C | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
     "umask 077": ('umask 077; exec "$@"', {}),
     "no HOME": ('unset HOME USER LOGNAME; exec "$@"', {}),
     "HOME is nowhere": ('exec "$@"', {"HOME": "/nowhere/at all"}),
@@ -43,7 +44,7 @@ ODD: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
 }
-SWEPT = ["LANG=C", "no HOME", "everything closed", "nobody reads", "no docstrings"]
+SWEPT = ["no UTF-8", "no HOME", "everything closed", "nobody reads", "no docstrings"]
 
 
 @pytest.fixture(scope="module")
