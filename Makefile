@@ -4,8 +4,8 @@ PYTHON ?= python3
 BIN := $(or $(MNIST_CNN_BIN),.venv/bin)
 READY := $(if $(MNIST_CNN_BIN),,.venv/installed)
 # Versions that the output file has already are kept, whatever has been released since.
-COMPILE = $(BIN)/uv pip compile pyproject.toml --quiet --python $(BIN)/python --all-extras --generate-hashes \
-	--universal --python-version 3.11 --custom-compile-command "make lock" --output-file
+COMPILE = $(BIN)/uv pip compile pyproject.toml --quiet --system-certs --python $(BIN)/python --all-extras \
+	--generate-hashes --universal --python-version 3.11 --custom-compile-command "make lock" --output-file
 
 .PHONY: train test tensorboard lock audit clean
 
@@ -27,7 +27,7 @@ lock: $(READY) ## requirements.lock: what pyproject.toml asks for, pinned; UPGRA
 	$(COMPILE) requirements.lock $(if $(UPGRADE),--upgrade)
 
 audit: $(READY) ## known vulnerabilities of what is in requirements.lock
-	$(BIN)/uv tool run pip-audit --requirement requirements.lock --require-hashes --disable-pip --strict
+	$(BIN)/uv tool run --system-certs pip-audit --requirement requirements.lock --require-hashes --disable-pip --strict
 
 clean: ## remove the virtual environment; runs stay
 	rm -rf .venv
