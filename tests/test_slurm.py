@@ -74,6 +74,7 @@ def jobs() -> list[str]:
 def test_a_sweep_gives_what_a_local_one_gives_though_one_run_is_requeued_and_one_preempted(cluster, folder):
     axes = {"model.optimizer.nesterov": [False, True]}
     args = [*settings(folder, grid=axes, launcher="slurm", slurm={"poll": 1}), "--fixed.num_threads=1"]
+    args += ["--fixed.trainer.max_epochs=30", "--fixed.early_stopping=null"]  # some seconds, within which SLURM acts
     os.makedirs("local")
     shutil.copy("tiny.yaml", "local")
     done = sweeps.in_new_process(*args, "--launcher=local", cwd="local")
