@@ -11,8 +11,9 @@ TWO = ["--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--num_threads=1",
 METRICS = ["--trainer.limit_val_batches=1.0", "--trainer.max_epochs=1"]
 
 
-def test_two_nodes_make_the_run_of_two_devices(folder):
+def test_two_nodes_make_the_run_of_two_devices(folder, monkeypatch):
     """One folder and one file of events, the same metrics and weights."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # or else Lightning gives each process its share of the node's cores
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
