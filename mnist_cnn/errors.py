@@ -39,7 +39,10 @@ class Parser(LightningArgumentParser):
 
     def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:
         """Remembers the arguments, so that an error can name the file that it lies in."""
-        self._given = sys.argv[1:] if args is None else list(args)
+        given = sys.argv[1:] if args is None else list(args)
+        # Absolute paths, too, since jsonargparse parses a file in the file's own folder.
+        paths = [value.removeprefix("--config=") for value in given if isinstance(value, str)]
+        self._files = {path: Path(path).absolute() for path in paths}
         try:
             return super().parse_args(args, *more, **kwargs)
         except UnicodeDecodeError as error:
@@ -53,7 +56,7 @@ class Parser(LightningArgumentParser):
         """Prints what was wrong to standard error, in one line, and exits with status 2."""
         if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):  # the latter is jsonargparse's own switch
             super().error(message, ex)
-        fail(explain(message, getattr(ex, "subcommand_parser", None) or self, getattr(self, "_given", [])), status=2)
+        fail(explain(message, getattr(ex, "subcommand_parser", None) or self, getattr(self, "_files", {})), status=2)
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
@@ -81,21 +84,21 @@ def fail_unless_own(error: BaseException) -> None:
         fail(f"{type(error).__name__}: {error} ({place}JSONARGPARSE_DEBUG=1 shows the traceback)")
 
 
-def explain(message: str, parser: LightningArgumentParser, given: list[str]) -> str:
+def explain(message: str, parser: LightningArgumentParser, files: dict[str, Path]) -> str:
     """Says in the user's words what jsonargparse says in a paragraph.
 
     Args:
         message: jsonargparse's message.
         parser: The parser whose keys are the right ones.
-        given: The command line.
+        files: What on the command line may be a file, by its name there.
 
     Returns:
         The key, the value and, for a misspelt name, the nearest right one.
     """
     if message.startswith(("Unexpected config", "Problems parsing config")):
-        for path in filter(os.path.isfile, (value.removeprefix("--config=") for value in given)):
+        for path in (path for path, file in files.items() if os.path.isfile(file)):
             try:
-                content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+                content = yaml.safe_load(files[path].read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 return f"config file {path} is not valid YAML: {error}"
             if not isinstance(content, dict):

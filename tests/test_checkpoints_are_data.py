@@ -148,7 +148,7 @@ def test_a_tag_in_a_yaml_file_is_not_executed(good, folder, capfd):
         [f"--run_dir={root}/configs"],
     ):
         assert sweep.main([*args, "--dry_run"]) == 1
-    assert sweep.status(root, "run", "val/acc") == ("running", {})
+    assert sweep.status(root, "run", "val/acc")[0] == "damaged"
     report.report(root)
     assert not Path("executed").exists()
     yaml.unsafe_load(TAG)
