@@ -127,6 +127,6 @@ def test_a_clone_may_lie_anywhere(tmp_path, expected):
     check(done, folder, "lögs/a b/version_0", expected[1])
     again = f"--config={folder / 'lögs/a b/version_0/config.yaml'}"
     tested = start(folder, "", str(clone / "main.py"), "test", again)
-    assert tested.returncode == 0 and f"{expected[1]['test/acc']:.4f}"[:5] in tested.stdout, tested
+    assert tested.returncode == 0 and f"{expected[1]['test/loss']:.6f}"[:7] in tested.stdout, tested
     done = start(folder, "", *sweep_of_one(folder, clone))
     check(done, folder, "logs/sweeps/odd/000-seed_everything=138", expected[1])
