@@ -405,6 +405,10 @@ class ExperimentCLI(LightningCLI):
         if not kwargs.get("logger", trainer.logger):
             off.add("lr_monitor")
         callbacks = [*given, *(config[name] for name in CALLBACKS if name not in off), RunFolder(self)]
+        if self.subcommand == "fit" and not trainer.barebones:
+            if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+                kwargs["enable_checkpointing"] = True  # for what stops a run, and saves nothing then
+            callbacks.append(self.stop)
         # Where there is none, Lightning would put its own.
         for kind, switch in ((Checkpoint, "enable_checkpointing"), (ProgressBar, "enable_progress_bar")):
             if not any(isinstance(callback, kind) for callback in callbacks):
@@ -414,8 +418,6 @@ class ExperimentCLI(LightningCLI):
         # With trainer.deterministic, torch would fill each new tensor, which takes a twelfth of a step. It is for
         # operations that read what they haven't written; a net that does so isn't reproducible in any case.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        if any(isinstance(callback, Checkpoint) for callback in callbacks):
-            callbacks.append(self.stop)
         for owner in (*callbacks, self.model):
             skip_empty_hooks(owner)
         made = super().instantiate_trainer(callbacks=callbacks, **kwargs)
@@ -449,7 +451,8 @@ class ExperimentCLI(LightningCLI):
         self.run_dir, self.found, self.made = run_dir, found, [run_dir, *new] if run_dir != root else new
         with write_atomically(run_dir / "config.yaml") as file:
             file.write(self.config_yaml)
-        self.stop.path = run_dir / "checkpoints/last.ckpt"
+        if trainer.checkpoint_callbacks != [self.stop]:
+            self.stop.path = run_dir / "checkpoints/last.ckpt"
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.run_dir.absolute() / "checkpoints")

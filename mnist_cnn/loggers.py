@@ -30,12 +30,13 @@ class RunFolderTensorBoard(TensorBoardLogger):
 
     Args:
         max_queue: Events kept before they are written.
-        flush_secs: Seconds after which they are written.
+        flush_secs: Seconds after which they are written; what a run may wait for at its end if a signal broke off the
+            writing.
     """
 
     run_dir: str | None = None
 
-    def __init__(self, max_queue: int = 10, flush_secs: int = 120) -> None:
+    def __init__(self, max_queue: int = 10, flush_secs: int = 10) -> None:
         super().__init__("", name="", version="", default_hp_metric=False, max_queue=max_queue, flush_secs=flush_secs)
 
     def begin(self, run_dir: str) -> None:

@@ -143,11 +143,13 @@ def test_a_second_signal_ends_at_once(workplace, capfd):
     assert len(list(LAST.parent.iterdir())) == 2
 
 
-def test_without_checkpoints_it_ends_at_once_and_says_so(workplace, capfd):
-    off = "--trainer.enable_checkpointing=false"
-    assert stopped(capfd, *TWO, *QUIET, off, *at("on_train_batch_start", 5)) == [
-        "error: stopped by SIGTERM; there is no checkpoint yet"
+@pytest.mark.parametrize("off", ["--trainer.enable_checkpointing=false", "--checkpoint=null --last_checkpoint=null"])
+def test_without_checkpoints_it_says_so(workplace, capfd, off):
+    assert stopped(capfd, *TWO, *QUIET, *off.split(), *at("on_train_batch_start", 5)) == [
+        "stopping after this step; once more: at once",
+        "error: stopped by SIGTERM; there is no checkpoint yet",
     ]
+    assert not LAST.parent.exists()
 
 
 def test_an_evaluation_ends_at_once(workplace, capfd):
@@ -218,10 +220,29 @@ def alive(group: int) -> list[str]:
     return [line for line in listed.splitlines() if line.split()[0] == str(group) and line.split()[1][0] != "Z"]
 
 
+TWO_PROCESSES = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--wandb=null"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        at("on_test_batch_start"),
+        at("on_validation_batch_start", 2),
+        [*at("on_train_batch_end", 5), *TWO_PROCESSES],
+    ],
+    ids=["a test", "a validation", "a step of two processes"],
+)
+def test_no_exception_comes_between_the_lines_of_anything(workplace, settings):
+    """It may be those of TensorBoard's queue, whose end would then be waited for."""
+    process = begin(*TWO, *QUIET, *settings)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    assert "went on" in printed and "stopping after this step" in errors
+
+
 @pytest.mark.parametrize("whole_group", [False, True], ids=["the first process", "both"])
 def test_two_processes_end_without_a_hang(workplace, whole_group):
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--wandb=null"]
-    process = begin(*ENDLESS, *two)
+    process = begin(*ENDLESS, *TWO_PROCESSES)
     wait_for(LAST.exists, process)
     (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
