@@ -1,6 +1,10 @@
 """The command line: `python main.py {fit,validate,test,predict} --config configs/base.yaml [--key=value ...]`."""
 
+import signal
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what follows takes seconds: Ctrl-C ends it without a traceback
 
 from lightning.pytorch.cli import ArgsType
 

@@ -15,7 +15,6 @@ import logging
 import os
 import pickle
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -206,7 +205,8 @@ class RunFolder(Callback):
             if trainer.is_global_zero:
                 new.mkdir(parents=True, exist_ok=True)
                 for path in moved.values():
-                    shutil.copy2(old / Path(path).name, path)
+                    with write_atomically(path, binary=True) as file:
+                        file.write((old / Path(path).name).read_bytes())
             state["best_k_models"] = {moved[p]: score for p, score in state["best_k_models"].items() if p in moved}
             for name in ("best_model_path", "last_model_path", "kth_best_model_path"):
                 state[name] = moved.get(state[name], "")
@@ -243,8 +243,8 @@ class ExperimentCLI(LightningCLI):
         self.made, self.found = [], set()
         self.stop = StopBySignal()
         threading.excepthook = _tell_of_thread
-        try:
-            with self.stop:
+        with self.stop:
+            try:
                 super().__init__(
                     LightningModule,
                     LightningDataModule,
@@ -256,34 +256,48 @@ class ExperimentCLI(LightningCLI):
                     args=args,
                 )
                 self._close_tensorboard()
-            status = 0
-        except (MisconfigurationException, FloatingPointError) as error:
+                status = 0
+            except (Exception, SystemExit) as error:
+                self._tell(error)
+                raise
+            finally:
+                self.stop.close()
+                self._clean_up(status)
+                threading.excepthook = threading.__excepthook__
+
+    def _tell(self, error: BaseException) -> None:
+        """Tells in one line what a user can do something about, and exits; comes back from anything else."""
+        if isinstance(error, MisconfigurationException | FloatingPointError):
             fail(str(error))
-        except (Exception, SystemExit) as error:
-            if isinstance(error, RuntimeError) and "Early stopping conditioned on metric" in str(error):
-                fail(str(error))  # its monitor is misspelt, or nothing is validated
-            if isinstance(error, OSError) and error.errno in DISKS_FAULTS:
-                where = error.filename or self.run_dir or Path.cwd()
-                fail(f"{where} can't be written: {error.strerror}{self._how_to_go_on()}")
-            if number := self.stop.received:  # workers of a DataLoader may have got it, too, and be missed
-                fail(f"stopped by {number.name}{self._how_to_go_on()}", 128 + number)
-            if isinstance(error, Exception):
-                fail_unless_own(error)
-            raise
-        finally:
-            with contextlib.suppress(OSError):  # it has been told
-                self._close_tensorboard()
-            for run in self.wandb_runs:
-                finish_wandb(run, status, keep=self.trained or status == 0)
-            if self.run_dir and status and not self.trained:
-                with contextlib.suppress(OSError):
-                    for path in set(self.run_dir.iterdir()) - self.found:
-                        remove(path)
-                for folder in self.made:
-                    remove_if_empty(folder)
-            if status and hasattr(self, "trainer") and self.trainer.strategy.launcher:
-                self.trainer.strategy.launcher.kill(KILL)  # other processes would wait for this one
-            threading.excepthook = threading.__excepthook__
+        if isinstance(error, RuntimeError) and "Early stopping conditioned on metric" in str(error):
+            fail(str(error))  # its monitor is misspelt, or nothing is validated
+        if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno in DISKS_FAULTS):
+            where = error.filename or self.run_dir or Path.cwd()
+            what = "" if isinstance(error, PermissionError) else " can't be written"  # it may be that it can't be read
+            fail(f"{where}{what}: {error.strerror}{self._how_to_go_on()}")
+        if number := self.stop.received:  # workers of a DataLoader may have got it, too, and be missed
+            fail(f"stopped by {number.name}{self._how_to_go_on()}", 128 + number)
+        if isinstance(error, Exception):
+            fail_unless_own(error)
+
+    def _clean_up(self, status: int) -> None:
+        """Ends what the run began, and removes it if there is nothing to lose.
+
+        Args:
+            status: The exit status.
+        """
+        with contextlib.suppress(OSError):  # it has been told
+            self._close_tensorboard()
+        for run in self.wandb_runs:
+            finish_wandb(run, status, keep=self.trained or status == 0)
+        if self.run_dir and status and not self.trained:
+            with contextlib.suppress(OSError):
+                for path in set(self.run_dir.iterdir()) - self.found - set(versions(self.run_dir).values()):
+                    remove(path)
+            for folder in self.made:
+                remove_if_empty(folder)
+        if status and hasattr(self, "trainer") and self.trainer.strategy.launcher:
+            self.trainer.strategy.launcher.kill(KILL)  # other processes would wait for this one
 
     def _close_tensorboard(self) -> None:
         for logger in self.trainer.loggers if hasattr(self, "trainer") else []:
@@ -346,9 +360,12 @@ class ExperimentCLI(LightningCLI):
             # The run whose config.yaml was given, or else the newest.
             given = [Path(file.absolute).parent for file in config.config or []]
             root = Path(config.trainer.default_root_dir or ".")
-            runs = [run for run in [*versions(root).values(), *given] if (run / "checkpoints").is_dir()]
+            named = "last.ckpt" if config.ckpt_path == "last" else ""  # a run that was killed may have none yet
+            runs = [run for run in [*versions(root).values(), *given] if (run / "checkpoints" / named).exists()]
             if not runs:
-                raise MisconfigurationException(f"there is no run in {root}: fit first, or give --ckpt_path=FILE")
+                raise MisconfigurationException(
+                    f"there is no run with a checkpoint in {root}: fit first, or give --ckpt_path=FILE"
+                )
             config.ckpt_path = find_checkpoint(runs[-1], config.ckpt_path or "best")
         torch.set_num_threads(config.num_threads)
         self.swept = swept(config.config or [])

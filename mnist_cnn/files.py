@@ -39,8 +39,8 @@ def write_atomically(path: str | os.PathLike, binary: bool = False) -> Iterator[
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # a full disk has no name, and the temporary file no meaning
-        raise
+        # A full disk has no name, and the temporary file no meaning.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         with suppress(OSError):
             temporary.unlink()

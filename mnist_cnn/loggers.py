@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -209,7 +210,8 @@ def start_wandb(logger: WandbLogger) -> Any:
                     print("W&B: there is no API key, so the run is offline", file=sys.stderr)
                 set_mode("offline")
             elif not answers(url):
-                print(f"W&B: {url} can't be reached, so the run is offline", file=sys.stderr)
+                shown = re.sub(r"//[^/]*@", "//", url)  # without a user's name and password
+                print(f"W&B: {shown} can't be reached, so the run is offline", file=sys.stderr)
                 set_mode("offline")
         run = logger.experiment
     except wandb.Error as error:
@@ -233,10 +235,17 @@ def finish_wandb(run: Any, status: int, keep: bool) -> None:
         status: Its exit status.
         keep: Whether an offline run's folder stays.
     """
+    import wandb
+
     offline, folder = run.offline, Path(run.settings.sync_dir)
-    run.finish(exit_code=status)
+    try:
+        run.finish(exit_code=status)
+    except (OSError, wandb.Error) as error:  # its process was killed; what is on the disk may end before the run
+        print(f"W&B: the run isn't finished there: {error}", file=sys.stderr)
+        with contextlib.suppress(Exception):  # or else it would be tried again at the interpreter's end
+            wandb.teardown()
     if offline and not keep:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         if not any(folder.parent.glob("*run-*/")):  # then W&B's links to its debug logs lead nowhere
             for link in folder.parent.iterdir():
                 if link.is_symlink() and not link.exists():

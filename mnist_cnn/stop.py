@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: a step that has begun ends, a checkpoint is written, the run can go on."""
 
+import contextlib
 import math
 import os
 import signal
@@ -33,6 +34,7 @@ class StopBySignal(Checkpoint):
         self.received: signal.Signals | None = None
         self._trainer: Trainer | None = None  # while a step or batch ends first
         self._saved = False
+        self._closing = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopBySignal":
@@ -55,10 +57,18 @@ class StopBySignal(Checkpoint):
         if os.getpid() != self._process:
             return  # a worker of a DataLoader, which ends with this process
         first, self.received = self.received is None, signal.Signals(number)
-        if not (first and self._trainer):
+        if self._closing and not first:
+            os._exit(128 + number)
+        if not (first and (self._trainer or self._closing)):
             raise SystemExit(128 + number)
-        if self._trainer.is_global_zero:  # by no print, which may be at work already
-            os.write(2, b"stopping after this step; once more: at once\n")
+        if self._closing or self._trainer.is_global_zero:  # type: ignore[union-attr]
+            what = b"stopping after this step" if self._trainer else b"closing files"
+            with contextlib.suppress(OSError):  # nobody reads it
+                os.write(2, what + b"; once more: at once\n")  # no print, which may be at work already
+
+    def close(self) -> None:
+        """From here on, nothing is left but to close files: a first signal is waited out, a second ends it at once."""
+        self._trainer, self._closing = None, True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes back the signals, which Lightning takes at the beginning of each of these; a step ends first."""

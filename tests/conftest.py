@@ -157,6 +157,24 @@ def in_new_process(*args: str) -> subprocess.CompletedProcess:
     return done
 
 
+def start(program: str, *args: str, **options) -> subprocess.Popen:
+    """`python PROGRAM ARGS` in the working directory, to be stopped or waited for."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, str(REPO / program), *args], start_new_session=True, **streams | options)
+
+
+def wait_for(condition, of: subprocess.Popen | Path | None = None, seconds: float = 180):
+    """Waits until it holds; gives what it is. If it never does, or the process ends, its output or log is shown."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        if isinstance(of, subprocess.Popen) and of.poll() is not None:
+            pytest.fail(f"it has ended: {of.communicate(timeout=5)}")
+        if time.monotonic() > end:
+            pytest.fail(f"waited for {seconds} s: {of.read_text() if isinstance(of, Path) and of.exists() else of}")
+        time.sleep(0.05)
+    return found
+
+
 def error_of(capfd, *args: str) -> str:
     """The one line on standard error with which a bad command line ends."""
     capfd.readouterr()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import yaml
 from conftest import BASE, REPO, SHORT
 
@@ -48,13 +49,7 @@ def less_times(results: Path) -> list[list[str]]:
 
 
 def start(*args: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(REPO / "sweep.py"), *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return conftest.start("sweep.py", *args, stderr=subprocess.STDOUT)
 
 
 def parts_of(sweep_process: subprocess.Popen) -> list[int]:

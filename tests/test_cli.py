@@ -252,7 +252,7 @@ MISTAKES = {
     "--trainer.accelerator=tpu": ["torch_xla"],
     "--trainer.max_epochs=-3": ["max_epochs", "-3"],
     "--ckpt_path=nowhere.ckpt": ["no checkpoint nowhere.ckpt"],
-    "--ckpt_path=last": ["there is no run in logs/mnist"],
+    "--ckpt_path=last": ["there is no run with a checkpoint in logs/mnist"],
     "--ckpt_path=truncated.ckpt": ["checkpoint truncated.ckpt", "can't be read"],
     "--ckpt_path=other.ckpt": [
         "checkpoint other.ckpt is of another net",
@@ -311,7 +311,7 @@ def test_incomplete_command(folder, capfd, args):
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_evaluation_needs_a_run(folder, capfd, stage):
-    assert "there is no run in logs/mnist" in error_of(capfd, stage, *BASE)
+    assert "there is no run with a checkpoint in logs/mnist" in error_of(capfd, stage, *BASE)
 
 
 def test_best_of_a_run_that_did_not_end(folder, capfd):

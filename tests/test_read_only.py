@@ -65,6 +65,20 @@ def test_fit_says_so_before_any_work(read_only, disk, capfd, where, loggers):
     assert content(disk).keys() == before.keys()
 
 
+def test_no_permission_is_told_with_how_to_go_on(folder, capfd, monkeypatch):
+    """Root, as which the tests may run, has all; so Linux's answer is given here."""
+    monkeypatch.syspath_prepend(folder)
+    Path("denied.py").write_text(
+        "from lightning import Callback\n\n\nclass Denied(Callback):\n"
+        "    def on_train_epoch_end(self, trainer, module):\n"
+        "        if trainer.current_epoch:\n"
+        "            raise PermissionError(13, 'Permission denied', 'some/file')\n"
+    )
+    line = error_of(capfd, *FIT, "--num_threads=1", *QUIET, "--trainer.callbacks+=denied.Denied")
+    again = "main.py fit --config=logs/mnist/version_0/config.yaml --ckpt_path=last"
+    assert line == f"error: some/file: Permission denied; to go on: {again}"
+
+
 def test_evaluations_need_no_write(read_only, disk):
     main([*FIT, "--num_threads=1", *QUIET])
     read_only("logs")

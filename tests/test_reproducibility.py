@@ -1,12 +1,9 @@
 """The same YAML gives the same numbers, to the last digit, in fresh processes and after an interruption."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import yaml
-from conftest import FIT, QUIET, REPO, assert_same_weights, error_of, in_new_process, main, metrics_of, weights_of
+from conftest import FIT, QUIET, assert_same_weights, error_of, in_new_process, main, metrics_of, weights_of
 
 FOUR = [*FIT, *QUIET, "--trainer.max_epochs=4", "--early_stopping.patience=10"]
 
@@ -178,24 +175,3 @@ def test_run_can_be_resumed_within_an_epoch(folder):
     main([*FOUR, "--config=steps.yaml", "--trainer.max_epochs=1"])
     cli = main([*FOUR, "--ckpt_path=steps/epoch=0-step=7.ckpt"])
     assert cli.trainer.global_step == 80
-
-
-def test_ctrl_c_ends_with_an_error_and_can_be_resumed(folder):
-    import signal
-    import time
-
-    settings = [*FOUR, "--trainer.max_epochs=1000", "--trainer.limit_train_batches=5", "--early_stopping=null"]
-    process = subprocess.Popen([sys.executable, str(REPO / "main.py"), *settings], stderr=subprocess.PIPE, text=True)
-    last = folder / "logs/mnist/version_0/checkpoints/last.ckpt"
-    for _ in range(600):
-        if last.exists() or process.poll() is not None:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode not in (0, None)
-    assert "Traceback" not in errors
-    assert not (folder / "logs/mnist/version_0/metrics.json").exists()
-    done = torch.load(last, weights_only=True)["epoch"] + 1
-    cli = main([*settings, f"--trainer.max_epochs={done + 1}", f"--ckpt_path={last}"])
-    assert cli.trainer.current_epoch == done + 1

@@ -5,12 +5,11 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIT, QUIET, REPO, assert_same_weights, main, metrics_of
+from conftest import FIT, QUIET, REPO, assert_same_weights, main, metrics_of, start, wait_for
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 TWO = [*FIT, "--num_threads=1", "--trainer.log_every_n_steps=20"]
@@ -166,26 +165,10 @@ def test_an_evaluation_ends_at_once(workplace, capfd):
 
 
 def begin(*args: str, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(REPO / "main.py"), *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        **options,
-    )
+    return start("main.py", *args, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
 
 
 ENDLESS = [*TWO, "--trainer.max_epochs=1000", "--early_stopping=null"]
-
-
-def wait_for(condition, process: subprocess.Popen | None, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        assert not process or process.poll() is None, process.communicate()
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -212,6 +195,54 @@ def test_an_ignored_signal_stays_ignored(workplace):
     process = begin(*TWO, *QUIET, *at("on_train_batch_start", 3), preexec_fn=ignore)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
+
+
+def test_a_step_ends_though_nobody_reads(workplace):
+    """As in `main.py ... 2>&1 | tee log`, where Ctrl-C ends tee as well."""
+    process = begin(*TWO, *QUIET, *at("on_train_batch_start", 7))
+    process.stderr.close()
+    assert process.wait(120) == 143
+    assert torch.load(LAST, weights_only=True)["global_step"] == 8
+
+
+def test_ctrl_c_while_all_is_imported(workplace):
+    process = begin(*TWO)
+    wait_for(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), process)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and printed == ("", "")
+
+
+CLOSING = """
+import os, sys
+from mnist_cnn import cli
+from main import main
+
+def finish(run, status, keep):
+    for _ in range(int(sys.argv[1])):
+        os.kill(os.getpid(), 2)
+    print("finished", status)
+
+cli.finish_wandb = finish
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(("times", "status"), [(1, 0), (2, 130)])
+def test_a_signal_while_files_are_closed(workplace, times, status):
+    """They are closed; a second one ends the process."""
+    command = [sys.executable, "-c", CLOSING, str(times), *TWO, "--tensorboard=null"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPO)})
+    assert done.returncode == status, done.stderr
+    assert done.stderr.splitlines()[-1] == "closing files; once more: at once"
+    assert ("finished 0" in done.stdout) == (times == 1) and metrics_of(LAST.parents[1])
+
+
+def test_last_is_that_of_the_newest_run_that_has_one(workplace, capfd):
+    stopped(capfd, *TWO, *QUIET, *at("on_train_batch_start", 7))
+    Path("logs/mnist/version_1/checkpoints").mkdir(parents=True)  # killed before it wrote any
+    main([*TWO, *QUIET, "--ckpt_path=last"])
+    assert "resumed from logs/mnist/version_0/" in Path("logs/mnist/version_2/config.yaml").read_text()
 
 
 def alive(group: int) -> list[str]:
@@ -248,4 +279,4 @@ def test_two_processes_end_without_a_hang(workplace, whole_group):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 143, errors
     assert "error: stopped by SIGTERM; to go on: " in errors and "Traceback" not in errors
-    wait_for(lambda: not alive(process.pid), None, 10)
+    wait_for(lambda: not alive(process.pid), seconds=10)

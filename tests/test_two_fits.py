@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import BASE, REPO, SHORT, error_of
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mnist_cnn.cli import new_version
 
@@ -102,6 +103,18 @@ def test_a_folder_that_was_found_is_left_as_it_was(folder, capfd):
     Path("found/notes.txt").write_text("mine")
     error_of(capfd, *FIT, "--run_dir=found", "--data.val_size=70000")
     assert sorted(str(path) for path in folder.rglob("*")) == [str(folder / "found"), str(folder / "found/notes.txt")]
+
+
+def test_a_run_beside_it_is_left_as_it_was(folder, capfd, monkeypatch):
+    """One that began in the same folder meanwhile."""
+
+    def begin_beside(*_, **__):
+        os.makedirs("logs/mnist/version_1")
+        raise MisconfigurationException("this fault was asked for")
+
+    monkeypatch.setattr("mnist_cnn.data.MNISTDataModule.setup", begin_beside)
+    assert "this fault was asked for" in error_of(capfd, *FIT, "--run_dir=logs/mnist")
+    assert sorted(map(str, Path().rglob("*"))) == ["logs", "logs/mnist", "logs/mnist/version_1"]
 
 
 def test_many_at_once_get_a_folder_each(tmp_path):

@@ -2,22 +2,25 @@
 
 import contextlib
 import json
+import os
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import torch
 import wandb
-from conftest import FIT, error_of, in_new_process, main, metrics_of
+from conftest import FIT, error_of, in_new_process, main, metrics_of, start, wait_for
 
 from mnist_cnn import cli
 
 KEY = "0" * 40
 FEW = [*FIT, "--tensorboard=null", "--trainer.max_epochs=1"]
-SECONDS = 3 + 5 + 4  # that a host may cost at the start: to be reached, to take the run, and for W&B offline instead
+SECONDS = 3 + 5 + 12  # that a host may cost at the start: to be reached, to take the run, and for W&B offline instead
 
 
 def hang(connection):
@@ -143,6 +146,28 @@ def test_a_host_out_of_order_costs_seconds_and_a_line(host, folder, monkeypatch,
     assert "wandb sync logs/wandb/offline-run-" in output.out
     assert offline_run(folder)["summary"]["val/acc"] == metrics_of(folder / "logs/mnist/version_0")["val/acc"]
     assert clock[0] < SECONDS
+
+
+def test_a_password_in_the_hosts_address_is_not_told(folder, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://user:pass-word@127.0.0.1:9")
+    main(FEW)
+    (told,) = capfd.readouterr().err.splitlines()
+    assert told == "W&B: http://127.0.0.1:9 can't be reached, so the run is offline"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="/proc is Linux's")
+def test_wandbs_process_may_be_killed(folder):
+    """What was logged until then is on the disk; the run tells of it in a line."""
+    own = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    settings = ["--num_threads=1", "--trainer.max_epochs=1000", "--early_stopping=null"]
+    process = start("main.py", *FEW, *settings, env=own)
+    wait_for(Path("logs/mnist/version_0/checkpoints/last.ckpt").exists, process)
+    killed = subprocess.run(["pkill", "-KILL", "--parent", str(process.pid), "wandb-core"])
+    assert killed.returncode == 0
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in errors, errors
+    assert [line for line in errors.splitlines() if line.startswith("error: ")] == [errors.splitlines()[0]], errors
+    assert torch.load("logs/mnist/version_0/checkpoints/last.ckpt", weights_only=True)["epoch"] >= 0
 
 
 def test_a_process_ends_in_time_though_the_host_hangs(folder, monkeypatch):
