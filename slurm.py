@@ -9,9 +9,11 @@ import contextlib
 import functools
 import io
 import os
+import pickle
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -38,14 +40,37 @@ def run(root: Path, metric: str, how: dict[str, Any], name: str) -> None:
         # Lightning would take the run for one task of a larger whole, and resume it from what it saved when it was
         # requeued. It is to go as on any other machine.
         os.environ.pop("SLURM_NTASKS", None)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # or else submitit ends the run before its time, in its own words
         warnings.filterwarnings("ignore", "The `srun` command is available")
         train(root, name, **how)
 
 
+class Anything:
+    """Takes the place of what a pickled file names."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "Anything":
+        """Takes any arguments."""
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        """Keeps the attributes."""
+        vars(self).update(state if isinstance(state, dict) else {})
+
+
+class Unpickler(pickle.Unpickler):
+    """Reads what a file says and calls nothing that it names, since a sweep's folder may be somebody else's."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Nothing is imported."""
+        return Anything
+
+
 @functools.cache
 def run_of(file: Path) -> str:
-    """The run that a job does, by the file that submitit keeps for it."""
-    return submitit.core.utils.DelayedSubmission.load(file).args[0]
+    """The run that a job does, by the file that submitit keeps for it; "" if that is damaged."""
+    with contextlib.suppress(Exception), open(file, "rb") as content:
+        return Unpickler(content).load().args[0]
+    return ""
 
 
 class Jobs:
@@ -67,7 +92,7 @@ class Jobs:
     def follow(self, runs: Sweep, how: dict[str, Any]) -> Iterator[str]:
         """Submits the runs that there are to do and have no job yet, and waits for all.
 
-        Ctrl-C ends the waiting only. If the caller wants no more, the jobs are cancelled.
+        Ctrl-C ends the waiting only. If the sweep gives up, the jobs are cancelled.
 
         Args:
             runs: The sweep.
@@ -96,11 +121,9 @@ class Jobs:
                 todo.remove(name)
                 if name in runs.finished:
                     runs.say(runs.progress(name))
-                try:
-                    yield name
-                except GeneratorExit:
-                    self.cancel()
-                    raise
+                yield name
+                if runs.gives_up:
+                    return self.cancel()
             stand = [states.get(job, "PENDING").lower() for job in mine] if states is not None else []
             shown = ", ".join(f"{stand.count(state)} {state}" for state in sorted(set(stand)))
             end = time.monotonic() + self.asked.poll * bool(todo)
@@ -126,7 +149,7 @@ class Jobs:
     def jobs(self) -> dict[str, str]:
         """The number of each run's job, of those that have one."""
         files = self.folder.glob("*_submitted.pkl")
-        return {run_of(file): file.name.removesuffix("_submitted.pkl") for file in files}
+        return {name: file.name.removesuffix("_submitted.pkl") for file in files if (name := run_of(file))}
 
     def settle(self, states: dict[str, str], late: bool) -> None:
         """Notes which runs failed of those whose jobs have ended.
@@ -197,19 +220,21 @@ class Jobs:
         if not names or (jobs and asked.runs_at_once):  # an array's limit is its own: one array at a time
             return
         executor = submitit.SlurmExecutor(self.folder)
-        given = {"partition": asked.partition, "gpus_per_node": asked.gpus, **asked.options}
+        given = {"partition": asked.partition, "gpus_per_node": asked.gpus or None}
+        given = {key: value for key, value in given.items() if value is not None} | asked.options
         try:
             executor.update_parameters(
                 job_name=self.root.name,
                 time=asked.time,
-                signal_delay_s=10,  # before the time is up; a run has nothing to save, submitit would give it 90
                 cpus_per_task=asked.cpus,
                 array_parallelism=asked.runs_at_once or len(names),
                 setup=[f"export PYTHONPATH={shlex.quote(os.pathsep.join(sys.path))}"],
-                additional_parameters={key: value for key, value in given.items() if value not in (None, 0)},
+                additional_parameters=given,
             )
             work = functools.partial(run, self.root, self.runs.metric, self.how)
-            with contextlib.redirect_stderr(io.StringIO()):  # the error has it as well
+            within_a_job = "SLURM_JOB_ID" in os.environ  # its variables would be taken for options
+            clean = submitit.helpers.clean_env() if within_a_job else contextlib.nullcontext()
+            with contextlib.redirect_stderr(io.StringIO()), clean:  # the error has it as well
                 new = executor.map_array(work, names)
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             told = re.sub(r"^sbatch: (error: )?", "", str(error), flags=re.MULTILINE)

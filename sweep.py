@@ -189,8 +189,7 @@ def write(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # a full disk has no name
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk has no name
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -353,6 +352,8 @@ def write_configs(answer: Connection, checked: tuple, points: list[Point], root:
                     raise Mistake(f"{same} and {name} are the same run")
                 values = grid.values(point) if settings else swept_values(Path(grid.values(point)["config"]))
                 if not is_written(path, config, values):
+                    if path.exists() and not settings and path.samefile(grid.values(point)["config"]):
+                        raise Mistake(f"{path} is damaged: python sweep.py --config={root / 'sweep.yaml'} mends it")
                     missing.append((path, config, values))
             return names, missing, damaged + [str(path) for path, *_ in missing if path.exists()]
 
@@ -365,7 +366,7 @@ def write_configs(answer: Connection, checked: tuple, points: list[Point], root:
                 write(path, to_yaml(config, values))
         answer.send((names, ("run_dir",) in grid.reference, damaged))
     except Exception as error:
-        answer.send(str(error) if isinstance(error, Mistake) else f"{type(error).__name__}: {error}")
+        answer.send(str(error) if isinstance(error, Mistake | OSError) else f"{type(error).__name__}: {error}")
 
 
 def check_grid(root: Path, settings: dict[str, Any]) -> list[str]:
@@ -414,7 +415,7 @@ def is_written(path: Path, flat: Flat, values: dict[str, Any]) -> bool:
         Mistake: If it is, with other settings.
     """
     there, asked = exact(load(path)), {key: repr(value) for key, value in flat.items()}
-    if () in there:  # no file, or no settings in it
+    if () in there or not path.read_bytes().endswith(b"\n"):  # no file, no settings in it, or cut off
         return False
     for key in {**there, **asked}:
         old, new = (config.get(key, "nothing") for config in (there, asked))
@@ -489,7 +490,7 @@ def train(root: Path, name: str, program: str, takes_run_dir: bool) -> None:
     claim = lock(root, f"{name}.run")  # until this process ends; that of a killed sweep may take a moment to die
     run, config = root / name, root / "configs" / f"{name}.yaml"
     if run.exists():
-        if any(run.iterdir()) and not (run / "output.log").exists():
+        if any(file.name != "status.json" for file in run.iterdir()) and not (run / "output.log").exists():
             sys.exit(f"error: {run} is no run's folder")
         shutil.rmtree(old := root / ".locks" / f"{name}.old", ignore_errors=True)  # from a process that was killed here
         run.rename(old)  # at once, and not file by file
@@ -586,6 +587,21 @@ def start_server(program: str) -> None:
     signal.signal(signal.SIGINT, on_interrupt)
 
 
+def start_process(program: str, **how: Any) -> Any:
+    """Starts a process from the server, and the server anew if it was killed.
+
+    Raises:
+        Mistake: If it is killed each time.
+    """
+    for _ in range(3):
+        start_server(program)
+        process = CONTEXT.Process(**how)
+        with contextlib.suppress(EOFError, ConnectionError):
+            process.start()
+            return process
+    raise Mistake("no process can be started: is there too little memory?")
+
+
 # 3. The sweep -------------------------------------------------------------------------------------------------------
 
 
@@ -607,6 +623,7 @@ class Sweep:
         self.finished: dict[str, dict[str, float]] = {}  # with their metrics
         self.failed: dict[str, str] = {}  # those that won't be tried again, with the reason
         self.stops = 0  # how often it was asked to stop
+        self.gives_up = False  # since too many runs failed in a row
         self.live: Any = None
         self.console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
@@ -645,7 +662,7 @@ class Sweep:
                             yield name
                 except Timeout:
                     claimed += 1
-                if self.stops:
+                if self.stops or self.gives_up:
                     return
             if claimed == len(todo):
                 self.show(f"{claimed} still run in another sweep")
@@ -678,8 +695,7 @@ class Sweep:
             for name in launch(self, how):
                 self.record()
                 in_a_row = in_a_row + 1 if name in self.failed else 0
-                if in_a_row == max_failures:
-                    break
+                self.gives_up = in_a_row == max_failures
         self.record()
         self.print_table(self.best())
         for name, reason in self.failed.items():
@@ -690,7 +706,7 @@ class Sweep:
             self.say(make_report(self.root, self.metric, self.mode))
         if self.stops:
             self.say("stopped: the same command goes on from here")
-        if in_a_row == max_failures:
+        if self.gives_up:
             raise Mistake(f"stopped, since {in_a_row} runs failed in a row: is it the same fault?")
         return 130 if self.stops else 1 if self.failed else 0
 
@@ -706,9 +722,7 @@ class Sweep:
         stands, details = self.look(name)
         if stands == "damaged":
             self.say(f"{details['reason']}, so {name} starts over")
-        start_server(how["program"])  # if it was killed
-        process = CONTEXT.Process(target=train, kwargs={"root": self.root, "name": name, **how})
-        process.start()
+        process = start_process(how["program"], target=train, kwargs={"root": self.root, "name": name, **how})
         while not wait([process.sentinel], timeout=0.25) or self.outlives(name):
             self.show(f"{number(name)}  {last_line(log) or 'begins'}")
             with contextlib.suppress(ProcessLookupError):
@@ -989,11 +1003,9 @@ def sweep(
     after = [argument for item in fixed.items() for argument in to_arguments(*item)]
     runs = Sweep(root, metric, mode, retry_failed)
     with runs.console.status(f"importing {program} and checking {len(points)} configs"):
-        start_server(program)
         receiver, sender = multiprocessing.Pipe(duplex=False)
         work = (sender, (program, before, after, grid), points, root, {} if run_dir else settings)
-        checker = CONTEXT.Process(target=write_configs, args=work, daemon=True)
-        checker.start()
+        checker = start_process(program, target=write_configs, args=work, daemon=True)
         sender.close()
         try:
             answer = receiver.recv()

@@ -1,5 +1,6 @@
 """A file that somebody else gave is data: nothing in it is executed, unless the user says so."""
 
+import functools
 import http.server
 import json
 import pickle
@@ -125,6 +126,17 @@ def test_no_variable_of_the_environment_says_it_for_the_user(good, folder, sprun
     malicious(good, folder / "odd.ckpt", sprung, "state_dict")
     error_of(capfd, "test", *BASE, *QUIET, "--ckpt_path=odd.ckpt")
     assert not sprung.exists()
+
+
+def test_a_trap_in_what_submitit_keeps_is_not_sprung(tmp_path, sprung):
+    """A sweep's folder may be somebody else's; its jobs are looked for there."""
+    slurm = pytest.importorskip("slurm", reason="no submitit: pip install '.[cluster]'")
+    work = functools.partial(slurm.run, tmp_path, "val/acc", {"program": "main:main", "takes_run_dir": True})
+    file = tmp_path / "1_0_submitted.pkl"
+    slurm.submitit.core.utils.DelayedSubmission(work, "000-a=1", Trap(sprung)).dump(file)
+    assert slurm.run_of(file) == "000-a=1" and not sprung.exists()
+    pickle.loads(file.read_bytes())
+    assert sprung.exists()  # so it could have been
 
 
 TAG = "!!python/object/apply:os.mkdir [executed]"

@@ -128,10 +128,23 @@ def test_a_damaged_config_is_named_and_written_anew(copy, damage, capfd):
     printed, errors = capfd.readouterr()
     assert errors == ""
     for file in damaged:
-        same_settings = damage.how == "less one byte" and file.parent.name == "configs"  # less a newline
-        assert same_settings or f"{file} was damaged, and is written anew" in printed
-        assert same_settings or file.read_bytes() == before[file]
+        assert f"{file} was damaged, and is written anew" in printed
+        assert file.read_bytes() == before[file]
     assert ages() == runs and less_times(SWEEP / "results.csv") == copy
+
+
+@pytest.mark.parametrize("end", ["\n", "0"], ids=["a line", "a digit"])
+def test_a_config_that_is_cut_off_is_not_taken_for_another_one(copy, capfd, end):
+    """As the config that is given, it would be filled up with the program's defaults."""
+    config = SWEEP / f"configs/{NAMES[1]}.yaml"
+    whole, before = config.read_text(), ages()
+    config.write_text(cut := whole[: whole.rindex(end, 0, len(whole) - 1) + (end == "\n")])
+    assert sweep.main([f"--run_dir={SWEEP}/configs"]) == 1
+    assert capfd.readouterr().err.startswith(f"error: {config} is damaged: ")
+    assert config.read_text() == cut and ages() == before
+    assert sweep.main([f"--config={SWEEP}/sweep.yaml"]) == 0
+    assert config.read_text() == whole and ages() == before
+    assert sweep.main([f"--run_dir={SWEEP}/configs"]) == 0
 
 
 def test_damaged_results_are_written_anew(copy, damage, capfd):

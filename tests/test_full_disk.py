@@ -115,18 +115,19 @@ def test_during_results_csv(disk, capfd):
     shutil.copy(REPO / "tests/foreign.py", ".")
     args = [*LOSS, "--name=tiny", "--base=[]", "--fixed.trainer.enable_checkpointing=false"]
     assert sweep.main([*args, grid(model__lr=[0.1])]) == 0
-    results, report = Path("logs/sweeps/tiny/results.csv"), Path("logs/sweeps/tiny/report.html")
-    report.unlink()
     before = files_of(Path("logs"))
     fill_disk()
-    capfd.readouterr()
-    assert sweep.main([*args, grid(model__lr=[0.1])]) == 1
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("error: ") and "No space left on device" in line and "logs/sweeps/tiny/" in line
-    assert files_of(Path("logs")) == before
+    # The same command writes sweep.yaml anew, that of the folder only the results.
+    folder = ["--program=foreign:main", "--metric=loss", "--run_dir=logs/sweeps/tiny/configs"]
+    for command, file in (([*args, grid(model__lr=[0.1])], "sweep.yaml"), (folder, "results.csv")):
+        capfd.readouterr()
+        assert sweep.main(command) == 1
+        told = capfd.readouterr().err
+        assert told == f"error: [Errno 28] No space left on device: 'logs/sweeps/tiny/{file}'\n"
+        assert files_of(Path("logs")) == before
     os.remove("ballast")
     assert sweep.main([*args, grid(model__lr=[0.1])]) == 0
-    assert [row["status"] for row in rows()] == ["finished"] and results.exists()
+    assert [row["status"] for row in rows()] == ["finished"]
 
 
 def test_during_a_sweeps_run(disk, capfd):

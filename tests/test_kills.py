@@ -28,8 +28,9 @@ def test_fifty_kills_change_no_result(folder, monkeypatch):
     SWEEP.rename("undisturbed")
     chance = random.Random(0)
     victims = chance.sample(list(KILLS), 50, counts=KILLS.values())
-    process, began = start(*args), time.time()
+    process, began, end, printed = start(*args), time.time(), time.time() + 1800, ""
     while victims:
+        assert time.time() < end, f"{len(victims)} are still to be killed"
         parts = parts_of(process)
         trains = RESULTS.exists() and RESULTS.stat().st_mtime > began  # before that, the configs are checked
         kinds = {"run": parts[1:] if trains else [], "server": parts[:1], "sweep": [process.pid]}
@@ -41,7 +42,7 @@ def test_fifty_kills_change_no_result(folder, monkeypatch):
             if RESULTS.exists() and all(row["status"] == "finished" for row in rows()):
                 for row in chance.sample(rows(), 9):  # too fast: they are to be done again
                     shutil.rmtree(SWEEP / row["name"])
-            process.communicate()
+            printed += process.communicate()[0]
             process, began = start(*args), time.time()
             continue
         for pid in kinds[victims[-1]][-1:]:
@@ -49,7 +50,8 @@ def test_fifty_kills_change_no_result(folder, monkeypatch):
                 os.kill(pid, signal.SIGKILL)
                 victims.pop()
     process.kill()
-    process.communicate()
+    printed += process.communicate()[0]
+    assert "Traceback" not in printed, printed
     done = in_new_process(*args)
     assert done.returncode == 0, done.stderr
     assert less_times(RESULTS) == less_times(Path("undisturbed/results.csv"))
@@ -57,3 +59,5 @@ def test_fifty_kills_change_no_result(folder, monkeypatch):
         there, expected = (sorted(os.listdir(some)) for some in (run, Path("undisturbed", run.name)))
         assert there == expected
     assert not [path for path in (SWEEP / ".locks").iterdir() if path.is_dir()]
+    strays = [path for folder in (SWEEP, SWEEP / "configs") for path in folder.glob(".*") if path.name != ".locks"]
+    assert len(strays) <= KILLS["sweep"], strays  # a killed sweep's temporary file

@@ -6,13 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
 import sweeps
-from conftest import QUIET, REPO, SHORT, metrics_of
+from conftest import QUIET, REPO, SHORT, metrics_of, wait_for
 from sweeps import LOSS, grid, less_times, rows, settings
+from test_secrets import KEY, leaks
 
 import sweep
 
@@ -48,21 +49,19 @@ def environment(monkeypatch, request):
         monkeypatch.setenv("SLURM_CONF", str(request.getfixturevalue("cluster") / "slurm.conf"))
 
 
-def wait_for(condition, printed: subprocess.Popen | Path, seconds: float = 180):
-    """Waits until it holds; gives what it is. If it never does, what was printed is shown."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        if isinstance(printed, Path):
-            assert time.monotonic() < end, printed.exists() and printed.read_text()
-        else:
-            assert time.monotonic() < end and printed.poll() is None, printed.communicate(timeout=5)[0]
-        time.sleep(0.05)
-    return found
-
-
 def trained() -> list[str]:
     """The runs of foreign.py that began to train, each as often as it did."""
     return Path("trained.txt").read_text().split() if os.path.exists("trained.txt") else []
+
+
+def line_of(process: subprocess.Popen) -> str:
+    """The next line that it prints, if it does so within three minutes."""
+    timer = threading.Timer(180, process.kill)
+    timer.start()
+    line = process.stdout.readline()
+    timer.cancel()
+    assert line, process.communicate()
+    return line
 
 
 def jobs() -> list[str]:
@@ -80,7 +79,7 @@ def test_a_sweep_gives_what_a_local_one_gives_though_one_run_is_requeued_and_one
     done = sweeps.in_new_process(*args, "--launcher=local", cwd="local")
     assert done.returncode == 0, done.stderr
     process = sweeps.start(*args)
-    job = re.search(r"job (\d+)", wait_for(process.stdout.readline, process))[1]
+    job = re.search(r"job (\d+)", line_of(process))[1]
     node = f"$(squeue --noheader --jobs={job}_0 --format=%N)"
     disturb = {
         "000": f"sbatch --partition=urgent --nodelist={node} --output=urgent.log --wrap=true",
@@ -94,21 +93,28 @@ def test_a_sweep_gives_what_a_local_one_gives_though_one_run_is_requeued_and_one
     assert "submitted 1 runs" in printed and "failed" not in printed
     assert less_times(RUNS / "results.csv") == less_times("local" / RUNS / "results.csv")
     assert "2 of 2 runs are finished" in printed and (RUNS / "report.html").is_file()
+    shown = subprocess.run(["scontrol", "show", "job", f"{job}_1"], capture_output=True, text=True, check=True).stdout
+    assert "Restarts=1 " in shown
     told = [line for log in RUNS.glob("*/output.log") for line in log.read_text().splitlines()]
     assert not [line for line in told if "warn" in line.lower() and not line.startswith("submitit ")]
 
 
-def test_the_jobs_go_on_without_the_sweep(cluster, foreign):
-    """After the login shell's end and after Ctrl-C; nothing is submitted twice, whoever follows."""
-    args = [*FOREIGN, *SLURM, grid(model__fault=["x", "y", "z"])]
+def test_the_jobs_go_on_without_the_sweep(cluster, foreign, monkeypatch):
+    """After the login shell's end and after Ctrl-C; nothing is submitted twice, whoever follows. No key is kept."""
+    args = [*FOREIGN, *SLURM, grid(model__fault=["x", "y", "z"]), '--slurm.options={"mem": 0, "comment": "of mine"}']
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     partition = ["scontrol", "update", "PartitionName=main"]
     subprocess.run([*partition, "State=DOWN"], check=True)  # jobs are taken, but none begins
     process = sweeps.start(*args)
-    job = re.search(r"job (\d+)", wait_for(process.stdout.readline, process))[1]
+    job = re.search(r"job (\d+)", line_of(process))[1]
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
+    (script,) = RUNS.glob(".locks/slurm/*.sh")
+    assert re.search(r"^#SBATCH --mem=0$", script.read_text(), re.MULTILINE)
+    assert re.search(r"^#SBATCH --comment=.*of mine", script.read_text(), re.MULTILINE)
+    assert leaks(foreign, KEY) == []
     process = sweeps.start(*args)
-    assert wait_for(process.stdout.readline, process) == f"3 runs are with SLURM: squeue --jobs={job}\n"
+    assert line_of(process) == f"3 runs are with SLURM: squeue --jobs={job}\n"
     os.kill(process.pid, signal.SIGINT)
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == 130
@@ -122,11 +128,30 @@ def test_the_jobs_go_on_without_the_sweep(cluster, foreign):
     assert len(trained()) == 3
 
 
+def test_a_mistake_ends_the_following_and_no_job(cluster, foreign):
+    args = [*FOREIGN, *SLURM, "--slurm.runs_at_once=1", grid(model__fault=["x", "pause", "y"])]
+    done = sweeps.in_new_process(*args, "--metric=los")
+    assert done.returncode == 1 and "reports no metric los (did you mean loss?)" in done.stderr
+    assert "2 of 3" not in done.stdout
+    done = sweeps.in_new_process(*args)
+    assert done.returncode == 0 and "submitted" not in done.stdout, done.stdout
+    assert len(trained()) == 3
+
+
+def test_the_end_of_its_time_is_told(cluster, foreign):
+    """A minute, the least that there is; from a shell that is a job itself."""
+    own = os.environ | {"SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "100", "SLURM_MEM_PER_NODE": "100"}
+    args = [*FOREIGN, *SLURM, "--slurm.time=1", grid(model__fault=["wait"])]
+    done = sweeps.in_new_process(*args, env=own)
+    assert done.returncode == 1
+    assert re.search(r"^000-fault=wait failed: job \d+_0 is timeout \(see ", done.stdout, re.MULTILINE), done.stdout
+
+
 def test_failed_runs_are_told_with_their_logs(cluster, foreign):
     """Whatever it was; and they are tried again when they are asked for again."""
     args = [*FOREIGN, *SLURM, grid(model__fault=["exit", "kill", "wait", "x", "nan"]), "--max_failures=9"]
     process = sweeps.start(*args)
-    job = re.search(r"job (\d+)", wait_for(process.stdout.readline, process))[1]
+    job = re.search(r"job (\d+)", line_of(process))[1]
     wait_for(lambda: any("fault=wait" in line for line in trained()), process)
     subprocess.run(["scancel", f"{job}_2"], check=True)
     printed = process.communicate(timeout=300)[0]

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import multiprocessing.forkserver
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 import duckdb
 import pytest
 import yaml
-from conftest import BASE, REPO, SHORT, metrics_of
+from conftest import BASE, REPO, SHORT, metrics_of, wait_for
 from sweeps import GRID, LOSS, NAMES, QUIET, grid, in_new_process, less_times, parts_of, rows, settings, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -429,13 +430,6 @@ def test_a_run_that_diverges_has_failed(folder, capfd):
     assert [row["status"] for row in rows()] == ["failed", "finished"]
 
 
-def wait_for(condition, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def test_ctrl_c_ends_the_current_run_cleanly_and_the_same_command_goes_on(foreign):
     args = [*LOSS, "--name=tiny", "--base=[]", grid(model__fault=[None, "pause", "x"])]
     process = start(*args)
@@ -471,7 +465,9 @@ def test_a_run_dies_with_its_sweep_and_starts_over(foreign):
     wait_for(lambda: os.path.exists("trained.txt"))
     process.kill()
     process.wait()
-    wait_for(lambda: sweep.lock(Path("logs/sweeps/tiny"), "000-fault=wait.run", 10), 1)  # nobody holds it any more
+    wait_for(
+        lambda: sweep.lock(Path("logs/sweeps/tiny"), "000-fault=wait.run", 10), seconds=1
+    )  # nobody holds it any more
     assert sweep.status(Path("logs/sweeps/tiny"), "000-fault=wait", "loss")[0] == "running"
 
 
@@ -542,3 +538,27 @@ def test_the_preparation_leaves_no_package_to_import(folder):
     assert int(before) > 2000
     packages = {"PIL", "fsspec", "google", "matplotlib", "omegaconf", "pandas", "tensorboard", "wandb"}
     assert [name for name in late if name.partition(".")[0] in packages] == []
+
+
+def test_a_run_that_was_killed_before_all_can_be_tried_again(foreign):
+    """Before it had a log, so that only the sweep's note is there."""
+    args = [*LOSS, "--name=tiny", "--base=[]", grid(model__fault=["x"])]
+    run = Path("logs/sweeps/tiny/000-fault=x")
+    run.mkdir(parents=True)
+    (run / "status.json").write_text(json.dumps({"status": "failed", "reason": "killed by SIGKILL", "time": 1}))
+    assert sweep.main(args) == 0
+    assert [row["status"] for row in rows()] == ["finished"]
+
+
+def test_a_server_that_is_killed_before_it_forks_is_started_anew(foreign, monkeypatch):
+    start_server, killed = sweep.start_server, []
+
+    def start_and_kill(program):
+        start_server(program)
+        if len(killed) % 2 == 0:  # each time once
+            os.kill(multiprocessing.forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+        killed.append(program)
+
+    monkeypatch.setattr(sweep, "start_server", start_and_kill)
+    assert sweep.main([*LOSS, "--name=tiny", "--base=[]", grid(model__fault=["x"])]) == 0
+    assert len(killed) == 4
