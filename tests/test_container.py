@@ -32,7 +32,7 @@ def test_the_image_is_built_with_the_setuptools_of_the_lock():
 
 def test_no_key_is_built_in():
     assert not re.search(r"^(ARG|ENV).*(KEY|WANDB)", DOCKERFILE.replace("\\\n", ""), re.MULTILINE)
-    assert {".env", ".netrc", ".git", "wandb"} <= set((REPO / ".dockerignore").read_text().split())
+    assert {"**/.env*", "**/.netrc", ".git", "wandb"} <= set((REPO / ".dockerignore").read_text().split())
 
 
 def test_dev_container_is_the_image_less_its_code():

@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies
 
 import sweep
 from main import main
+from mnist_cnn.cli import RunFolder
 
 MORE = os.environ.get("FUZZ_EXAMPLES")
 TEXT = (REPO / "configs/base.yaml").read_text(encoding="utf-8")
@@ -163,20 +164,33 @@ def empty_folder():
 
 def outcome(command, given: list[str]) -> str:
     """Runs a command beside the files that it is given, sees to it that it ends as it should, and returns its line."""
-    errors = io.StringIO()
+    errors, steps, end_step = io.StringIO(), [], RunFolder.on_train_batch_end
+
+    def count_step(callback, *args):  # with the first one the run's folder stays, whatever comes
+        steps.append(callback)
+        end_step(callback, *args)
+
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(errors),
+            contextlib.redirect_stdout(io.StringIO()),
+            mock.patch.object(RunFolder, "on_train_batch_end", count_step),
+        ):
             warnings.simplefilter("ignore")
             status = command()
     except SystemExit as ended:
         status = ended.code
     assert not Path("executed").exists()
-    if not status or not isinstance(status, int | str):  # main returns its LightningCLI
-        return ""
     lines = errors.getvalue().splitlines()
+    if not status or not isinstance(status, int | str):  # main returns its LightningCLI
+        assert not [line for line in lines if line.startswith(("error: ", "Traceback"))], lines
+        cli = status
+        whole = getattr(cli, "run_dir", None) and cli.config_init.fit.evaluate_best
+        assert not whole or (cli.run_dir / "metrics.json").is_file()
+        return ""
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    trained = any(Path().glob("**/config.yaml"))  # then the run's folder stays
-    assert trained or sorted(os.listdir()) == given, sorted(Path().rglob("*"))
+    assert steps or sorted(os.listdir()) == given, sorted(Path().rglob("*"))
     return lines[0]
 
 

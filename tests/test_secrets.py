@@ -78,6 +78,7 @@ def test_a_fit_writes_no_secret(tmp_path, host):
         start(folder, url, str(REPO / "main.py"), *FIT, "--num_threads=1", WANDB_API_KEY=KEY)
     assert list(folder.glob("logs/wandb/offline-run-*/*.wandb")) and list(folder.glob("logs/mnist/*/events.*"))
     assert leaks(folder, KEY, TOKEN) == []
+    assert leaks(folder, "example.org/a/b.git")  # so the remote was looked at
 
 
 def test_a_sweep_writes_no_secret(tmp_path):
