@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import submitit
 from filelock import Timeout
@@ -232,9 +233,10 @@ class Jobs:
                 additional_parameters=given,
             )
             work = functools.partial(run, self.root, self.runs.metric, self.how)
-            within_a_job = "SLURM_JOB_ID" in os.environ  # its variables would be taken for options
-            clean = submitit.helpers.clean_env() if within_a_job else contextlib.nullcontext()
-            with contextlib.redirect_stderr(io.StringIO()), clean:  # the error has it as well
+            with contextlib.redirect_stderr(io.StringIO()), mock.patch.dict(os.environ):  # the error has it as well
+                if "SLURM_JOB_ID" in os.environ:  # a job's own variables would be taken for options
+                    for key in [key for key in os.environ if key.startswith("SLURM_") and key != "SLURM_CONF"]:
+                        del os.environ[key]
                 new = executor.map_array(work, names)
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             told = re.sub(r"^sbatch: (error: )?", "", str(error), flags=re.MULTILINE)

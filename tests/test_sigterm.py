@@ -177,7 +177,7 @@ def test_a_process_closes_its_files(workplace, number):
     wait_for(LAST.exists, process)
     os.killpg(process.pid, number)  # a terminal's Ctrl-C is for its workers and W&B's process too
     printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + number, errors
     assert [line for line in errors.splitlines() if line.startswith("error: ")] == [errors.splitlines()[-1]], errors
     assert "Traceback" not in errors and "wandb sync logs/wandb/offline-run-" in printed
     (events,) = Path("logs/mnist/version_0").glob("events.*")

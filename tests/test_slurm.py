@@ -99,17 +99,18 @@ def test_a_sweep_gives_what_a_local_one_gives_though_one_run_is_requeued_and_one
     assert not [line for line in told if "warn" in line.lower() and not line.startswith("submitit ")]
 
 
-def test_the_jobs_go_on_without_the_sweep(cluster, foreign, monkeypatch):
+def test_the_jobs_go_on_without_the_sweep(cluster, foreign, monkeypatch, request):
     """After the login shell's end and after Ctrl-C; nothing is submitted twice, whoever follows. No key is kept."""
     args = [*FOREIGN, *SLURM, grid(model__fault=["x", "y", "z"]), '--slurm.options={"mem": 0, "comment": "of mine"}']
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     partition = ["scontrol", "update", "PartitionName=main"]
     subprocess.run([*partition, "State=DOWN"], check=True)  # jobs are taken, but none begins
+    request.addfinalizer(lambda: subprocess.run([*partition, "State=UP"], check=True))
     process = sweeps.start(*args)
     job = re.search(r"job (\d+)", line_of(process))[1]
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    (script,) = RUNS.glob(".locks/slurm/*.sh")
+    (script,) = RUNS.glob(f".locks/slurm/{job}_*.sh")
     assert re.search(r"^#SBATCH --mem=0$", script.read_text(), re.MULTILINE)
     assert re.search(r"^#SBATCH --comment=.*of mine", script.read_text(), re.MULTILINE)
     assert leaks(foreign, KEY) == []
@@ -144,7 +145,7 @@ def test_the_end_of_its_time_is_told(cluster, foreign):
     args = [*FOREIGN, *SLURM, "--slurm.time=1", grid(model__fault=["wait"])]
     done = sweeps.in_new_process(*args, env=own)
     assert done.returncode == 1
-    assert re.search(r"^000-fault=wait failed: job \d+_0 is timeout \(see ", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^000-fault=wait failed: job \d+ is timeout \(see ", done.stdout, re.MULTILINE), done.stdout
 
 
 def test_failed_runs_are_told_with_their_logs(cluster, foreign):
