@@ -38,7 +38,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from mnist_cnn.callbacks import Histograms, ModelGraph, PredictionWriter, TestPictures
-from mnist_cnn.errors import Parser, fail, fail_unless_own
+from mnist_cnn.errors import Parser, chain_of, fail, fail_unless_own
 from mnist_cnn.files import AtomicCheckpointIO, check_writable, remove, remove_if_empty, write_atomically
 from mnist_cnn.loggers import RunFolderTensorBoard, finish_wandb, flatten, log_hyperparameters, start_wandb
 from mnist_cnn.stop import StopBySignal
@@ -390,9 +390,7 @@ class ExperimentCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except USERS_MISTAKES as error:
-            reason: BaseException = error  # jsonargparse wraps what a constructor raises, whatever it is
-            while reason.__cause__ or reason.__context__:
-                reason = reason.__cause__ or reason.__context__  # type: ignore[assignment]
+            reason = chain_of(error)[-1]  # jsonargparse wraps what a constructor raises, whatever it is
             if isinstance(reason, USERS_MISTAKES) and not os.environ.get("JSONARGPARSE_DEBUG"):
                 frames = [frame for frame, _ in traceback.walk_tb(reason.__traceback__)]
                 made = [type(frame.f_locals["self"]).__name__ for frame in frames if "self" in frame.f_locals]

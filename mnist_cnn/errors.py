@@ -65,6 +65,14 @@ def fail(message: str, status: int = 1) -> NoReturn:
     sys.exit(status)
 
 
+def chain_of(error: BaseException) -> list[BaseException]:
+    """An exception, what it was raised from or while handling, and so on; each once, since a chain may be a circle."""
+    chain = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) and inner not in chain:
+        chain.append(inner)
+    return chain
+
+
 def fail_unless_own(error: BaseException) -> None:
     """Tells in one line what a library or this project raised, and exits; comes back if a class of the user's own did.
 
@@ -73,10 +81,8 @@ def fail_unless_own(error: BaseException) -> None:
     Args:
         error: What was raised.
     """
-    chain, frames = [error], []
-    while inner := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(inner)
-    for link in chain:
+    frames: list[traceback.FrameSummary] = []
+    for link in chain_of(error):
         frames += [frame for frame in traceback.extract_tb(link.__traceback__) if not LIBRARY.search(frame.filename)]
     own = any(not frame.filename.startswith(PROJECT) for frame in frames)
     if not own and not os.environ.get("JSONARGPARSE_DEBUG"):

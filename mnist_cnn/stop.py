@@ -57,6 +57,8 @@ class StopBySignal(Checkpoint):
         if os.getpid() != self._process:
             return  # a worker of a DataLoader, which ends with this process
         first, self.received = self.received is None, signal.Signals(number)
+        if hasattr(signal, "SIGCHLD"):  # a DataLoader's workers may end by the signal, too: torch would raise anywhere
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if self._closing and not first:
             os._exit(128 + number)
         if not (first and (self._trainer or self._closing)):

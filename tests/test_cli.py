@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from torch import nn
 
 from mnist_cnn import CNN, Histograms, LitClassifier
+from mnist_cnn.errors import fail_unless_own
 
 DEV = ["fit", *BASE, *QUIET, "--trainer.max_epochs=0", "--evaluate_best=false"]
 
@@ -365,3 +366,12 @@ def test_hooks_that_do_something_are_called_at_each_step(folder, monkeypatch):
     counting = [callback for callback in cli.trainer.callbacks if hasattr(callback, "steps")]
     assert [callback.steps for callback in counting] == [40, 40, 40]
     assert [callback.on_before_zero_grad for callback in counting] == 3 * [None]  # nothing to call
+
+
+def test_a_circle_of_exceptions_is_told(capfd):
+    """As they come from code that raises the same exception once more."""
+    one, other = OSError("one"), OSError("other")
+    one.__cause__, other.__context__ = other, one
+    with pytest.raises(SystemExit):
+        fail_unless_own(one)
+    assert capfd.readouterr().err == "error: OSError: one (JSONARGPARSE_DEBUG=1 shows the traceback)\n"
