@@ -54,7 +54,7 @@ WARNINGS = [
 ]
 MESSAGES = re.compile(
     "Seed set to|GPU available: False|TPU available|💡 Tip|Restoring states from|Loaded model weights from"
-    "|was configured so|Loading `train_dataloader` to estimate"
+    "|was configured so|Loading `train_dataloader` to estimate|`weights_only` was not set"
 )
 
 
@@ -232,7 +232,8 @@ class ExperimentCLI(LightningCLI):
     def __init__(self, args: ArgsType = None) -> None:
         for message in WARNINGS:
             warnings.filterwarnings("ignore", message)
-        for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed"):
+        checkpoints = "pytorch.trainer.connectors.checkpoint_connector"
+        for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed", checkpoints):
             logging.getLogger(f"lightning.{name}").addFilter(_is_of_interest)
         given = sys.argv[1:] if args is None else args
         every = LightningCLI.subcommands()

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C during fit: a checkpoint, a status that isn't 0, a run that can go on to the same end."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -90,7 +91,8 @@ DROPOUT = [*TWO, *QUIET, "--model.net=dropping.Dropping", "--trainer.limit_val_b
 @pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS.keys())
 def test_a_stopped_run_goes_on_to_the_same_end(workplace, undisturbed, capfd, moment):
     number = signal.SIGINT if moment[1] % 2 else signal.SIGTERM
-    *_, line = stopped(capfd, *DROPOUT, *at(*moment, number=int(number)), status=128 + number)
+    *told, line = stopped(capfd, *DROPOUT, *at(*moment, number=int(number)), status=128 + number)
+    assert told == ["stopping after this step; once more: at once"]
     assert line.startswith(f"error: stopped by {number.name}; to go on: ")
     assert not Path("logs/mnist/version_0/metrics.json").exists()
     resumed = go_on(line, "--trainer.callbacks=null")
@@ -179,7 +181,7 @@ def test_a_process_closes_its_files(workplace, number):
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
     assert [line for line in errors.splitlines() if line.startswith("error: ")] == [errors.splitlines()[-1]], errors
-    assert "Traceback" not in errors and "wandb sync logs/wandb/offline-run-" in printed
+    assert not re.search("Traceback|weights_only", errors) and "wandb sync logs/wandb/offline-run-" in printed
     (events,) = Path("logs/mnist/version_0").glob("events.*")
     step = torch.load(LAST, weights_only=True)["global_step"]
     logged = [event.step for event in EventFileLoader(str(events)).Load()]  # checks each record's sum
