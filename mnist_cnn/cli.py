@@ -310,7 +310,7 @@ class ExperimentCLI(LightningCLI):
             return ""
         if not (self.run_dir / "checkpoints/last.ckpt").exists():
             return "; there is no checkpoint yet"
-        return f"; to go on: main.py fit --config={self.run_dir / 'config.yaml'} --ckpt_path=last"
+        return f"; to go on: python main.py fit --config={self.run_dir / 'config.yaml'} --ckpt_path=last"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what a run has beside trainer, model and data."""

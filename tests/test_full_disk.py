@@ -40,7 +40,7 @@ def go_on(line: str) -> Path:
     """Makes space and does what an error says."""
     os.remove("ballast")
     command = shlex.split(line.partition("to go on: ")[2])
-    main([*command[1:], "--trainer.callbacks=null"])
+    main([*command[2:], "--trainer.callbacks=null"])
     return max(Path("logs/mnist").iterdir())
 
 

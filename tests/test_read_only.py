@@ -75,7 +75,7 @@ def test_no_permission_is_told_with_how_to_go_on(folder, capfd, monkeypatch):
         "            raise PermissionError(13, 'Permission denied', 'some/file')\n"
     )
     line = error_of(capfd, *FIT, "--num_threads=1", *QUIET, "--trainer.callbacks+=denied.Denied")
-    again = "main.py fit --config=logs/mnist/version_0/config.yaml --ckpt_path=last"
+    again = "python main.py fit --config=logs/mnist/version_0/config.yaml --ckpt_path=last"
     assert line == f"error: some/file: Permission denied; to go on: {again}"
 
 
