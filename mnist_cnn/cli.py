@@ -547,15 +547,16 @@ def versions(root: Path) -> dict[int, Path]:
 
 def new_version(root: Path) -> Path:
     """Makes the next free version_N. Two processes never get the same one."""
-    while True:
+    for attempt in range(1000):
         try:
             root.mkdir(parents=True, exist_ok=True)
             folder = root / f"version_{max(versions(root), default=-1) + 1}"
             folder.mkdir()
-            return folder
+            break
         except (FileExistsError, FileNotFoundError):  # another process made it, or removed root, which was empty
-            if os.path.lexists(root) and not root.is_dir():
+            if attempt == 999:  # or a link leads nowhere
                 raise
+    return folder
 
 
 def find_checkpoint(run: Path, which: str) -> str:

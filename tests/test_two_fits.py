@@ -1,9 +1,11 @@
 """Two fits that begin at the same moment and share a folder."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -125,14 +127,14 @@ def test_many_at_once_get_a_folder_each(tmp_path):
 
 def test_a_folder_that_another_removes_as_empty_is_made_again(tmp_path):
     """As a failing run does, while the next one begins."""
-    root, done = tmp_path / "logs", False
+    root, removed, done = tmp_path / "logs", [], False
 
     def remove():
         while not done:
-            try:
+            time.sleep(1e-4)  # else it hardly lets the other thread in
+            with contextlib.suppress(OSError):
                 root.rmdir()
-            except OSError:
-                pass
+                removed.append(root)
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(remove)
@@ -141,6 +143,14 @@ def test_a_folder_that_another_removes_as_empty_is_made_again(tmp_path):
                 new_version(root).rmdir()
         finally:
             done = True
+    assert len(removed) > 20
+
+
+def test_a_link_that_leads_nowhere_is_told(folder, capfd):
+    os.symlink("nowhere", "logs")
+    assert error_of(capfd, *FIT) == "error: logs/mnist can't be written: File exists"
+    assert error_of(capfd, *FIT, "--run_dir=logs/mine") == "error: logs/mine can't be written: File exists"
+    assert os.listdir() == ["logs"]
 
 
 @pytest.fixture(autouse=True)
