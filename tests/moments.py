@@ -1,9 +1,10 @@
-"""A callback that gives a run a signal at a certain moment."""
+"""Callbacks by which something happens to a run at a certain moment."""
 
 import os
+import time
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 
 class SignalAt(Callback):
@@ -26,6 +27,21 @@ class SignalAt(Callback):
                 print("went on")
 
         setattr(self, hook, send)
+
+
+class WaitWhile(Callback):
+    """Waits in each run's second step while a file exists.
+
+    Args:
+        path: Of the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        while trainer.global_step == 1 and os.path.exists(self.path):
+            time.sleep(0.05)
 
 
 class FillDisk(Callback):

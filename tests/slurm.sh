@@ -54,7 +54,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-SchedulerParameters=sched_min_interval=100000,bf_interval=1
+SchedulerParameters=sched_interval=1,sched_min_interval=100000,bf_interval=1
 KillWait=10
 ReturnToService=2
 MailProg=/bin/true

@@ -1,5 +1,6 @@
 """Sweeps and single runs as jobs of a real SLURM, of one node on this machine."""
 
+import json
 import os
 import re
 import shutil
@@ -64,30 +65,38 @@ def line_of(process: subprocess.Popen) -> str:
     return line
 
 
-def jobs() -> list[str]:
+def jobs(*options: str) -> list[str]:
     """States of the jobs that SLURM has."""
-    shown = subprocess.run(["squeue", "--noheader", "--array", "--format=%T"], capture_output=True, text=True)
+    shown = subprocess.run(["squeue", "--noheader", "--array", "--format=%T", *options], capture_output=True, text=True)
     return shown.stdout.split()
 
 
-def test_a_sweep_gives_what_a_local_one_gives_though_one_run_is_requeued_and_one_preempted(cluster, folder):
+def test_a_sweep_gives_what_a_local_one_gives_though_one_run_is_requeued_and_one_preempted(
+    cluster, folder, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(REPO / "tests"))
+    waits = [{"class_path": "moments.WaitWhile", "init_args": {"path": "held"}}]
     axes = {"model.optimizer.nesterov": [False, True]}
     args = [*settings(folder, grid=axes, launcher="slurm", slurm={"poll": 1}), "--fixed.num_threads=1"]
-    args += ["--fixed.trainer.max_epochs=30", "--fixed.early_stopping=null"]  # some seconds, within which SLURM acts
+    args.append(f"--fixed.trainer.callbacks={json.dumps(waits)}")
     os.makedirs("local")
     shutil.copy("tiny.yaml", "local")
     done = sweeps.in_new_process(*args, "--launcher=local", cwd="local")
     assert done.returncode == 0, done.stderr
+    Path("held").touch()
     process = sweeps.start(*args)
     job = re.search(r"job (\d+)", line_of(process))[1]
+
+    def disturb(number: str, command: str) -> None:
+        """While it trains, which it may go on with until it is killed; returns when it has ended."""
+        wait_for(lambda: list(RUNS.glob(f"{number}-*/config.yaml")), process)
+        subprocess.run(command, shell=True, check=True)
+        wait_for(lambda: not {"RUNNING", "COMPLETING"} & set(jobs(f"--jobs={job}_{int(number)}")), process)
+
     node = f"$(squeue --noheader --jobs={job}_0 --format=%N)"
-    disturb = {
-        "000": f"sbatch --partition=urgent --nodelist={node} --output=urgent.log --wrap=true",
-        "001": f"scontrol requeue {job}_1",
-    }
-    while disturb:  # each as soon as it trains
-        number = wait_for(lambda: next((n for n in disturb if list(RUNS.glob(f"{n}-*/config.yaml"))), None), process)
-        subprocess.run(disturb.pop(number), shell=True, check=True)
+    disturb("000", f"sbatch --partition=urgent --nodelist={node} --output=urgent.log --wrap=true")
+    disturb("001", f"scontrol requeue {job}_1")
+    os.remove("held")
     printed = process.communicate(timeout=300)[0]
     assert process.returncode == 0, printed
     assert "submitted 1 runs" in printed and "failed" not in printed
