@@ -221,16 +221,16 @@ class Jobs:
         if not names or (jobs and asked.runs_at_once):  # an array's limit is its own: one array at a time
             return
         executor = submitit.SlurmExecutor(self.folder)
-        given = {"partition": asked.partition, "gpus_per_node": asked.gpus or None}
-        given = {key: value for key, value in given.items() if value is not None} | asked.options
+        given = {"partition": asked.partition, "gpus_per_node": asked.gpus or None, **asked.options}
         try:
             executor.update_parameters(
                 job_name=self.root.name,
                 time=asked.time,
+                signal_delay_s=10,  # before the time is up; submitit's 90 may come before Python can ignore the signal
                 cpus_per_task=asked.cpus,
                 array_parallelism=asked.runs_at_once or len(names),
                 setup=[f"export PYTHONPATH={shlex.quote(os.pathsep.join(sys.path))}"],
-                additional_parameters=given,
+                additional_parameters={key: value for key, value in given.items() if value is not None},
             )
             work = functools.partial(run, self.root, self.runs.metric, self.how)
             with contextlib.redirect_stderr(io.StringIO()), mock.patch.dict(os.environ):  # the error has it as well
