@@ -350,9 +350,10 @@ def write_configs(answer: Connection, checked: tuple, points: list[Point], root:
                 config, path = grid.config(point), root / "configs" / f"{name}.yaml"
                 if settings and (same := seen.setdefault(hash(str(config)), name)) != name:
                     raise Mistake(f"{same} and {name} are the same run")
-                values = grid.values(point) if settings else swept_values(Path(grid.values(point)["config"]))
+                source = None if settings else Path(grid.values(point)["config"])
+                values = swept_values(source) if source else grid.values(point)
                 if not is_written(path, config, values):
-                    if path.exists() and not settings and path.samefile(grid.values(point)["config"]):
+                    if source and path.exists() and path.samefile(source):
                         raise Mistake(f"{path} is damaged: python sweep.py --config={root / 'sweep.yaml'} mends it")
                     missing.append((path, config, values))
             return names, missing, damaged + [str(path) for path, *_ in missing if path.exists()]
