@@ -48,8 +48,8 @@ def less_times(results: Path) -> list[list[str]]:
         return [row[:-1] for row in csv.reader(file)]
 
 
-def start(*args: str) -> subprocess.Popen:
-    return conftest.start("sweep.py", *args, stderr=subprocess.STDOUT)
+def start(*args: str, **options) -> subprocess.Popen:
+    return conftest.start("sweep.py", *args, **{"stderr": subprocess.STDOUT} | options)
 
 
 def parts_of(sweep_process: subprocess.Popen) -> list[int]:

@@ -2,12 +2,12 @@
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from conftest import FIT, QUIET, REPO, assert_same_weights, error_of, main, metrics_of
@@ -39,9 +39,7 @@ def full(hook: str, call: int = 0) -> list[str]:
 def go_on(line: str) -> Path:
     """Makes space and does what an error says."""
     os.remove("ballast")
-    command = shlex.split(line.partition("to go on: ")[2])
-    main([*command[2:], "--trainer.callbacks=null"])
-    return max(Path("logs/mnist").iterdir())
+    return conftest.go_on(line, "--trainer.callbacks=null")
 
 
 def test_from_the_beginning(disk, capfd):

@@ -3,9 +3,8 @@
 import os
 import socket
 import subprocess
-import sys
 
-from conftest import FIT, REPO, assert_same_weights, in_new_process, metrics_of
+from conftest import FIT, assert_same_weights, in_new_process, metrics_of, start
 
 TWO = ["--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--num_threads=1", "--wandb=null"]
 METRICS = ["--trainer.limit_val_batches=1.0", "--trainer.max_epochs=1"]
@@ -20,10 +19,8 @@ def test_two_nodes_make_the_run_of_two_devices(folder, monkeypatch):
     nodes = []
     for rank in range(2):
         own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": str(rank)}
-        command = [sys.executable, str(REPO / "main.py"), *FIT, *TWO, *METRICS, "--trainer.num_nodes=2"]
-        nodes.append(
-            subprocess.Popen(command, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
+        args = [*FIT, *TWO, *METRICS, "--trainer.num_nodes=2"]
+        nodes.append(start("main.py", *args, env=os.environ | own, stderr=subprocess.STDOUT))
     printed = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], printed
     run = folder / "logs/mnist/version_0"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIT, QUIET, REPO, assert_same_weights, main, metrics_of, start, wait_for
+from conftest import FIT, QUIET, REPO, assert_same_weights, go_on, main, metrics_of, start, wait_for
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 TWO = [*FIT, "--num_threads=1", "--trainer.log_every_n_steps=20"]
@@ -49,14 +49,6 @@ def stopped(capfd, *args: str, status: int = 143) -> list[str]:
     assert ended.value.code == status
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     return capfd.readouterr().err.splitlines()
-
-
-def go_on(line: str, *more: str) -> Path:
-    """Does what an error says; returns the new run."""
-    command = shlex.split(line.partition("to go on: ")[2])
-    assert command[:2] == ["python", "main.py"]
-    main([*command[2:], *more])
-    return max(Path("logs/mnist").iterdir())
 
 
 MOMENTS = {

@@ -465,9 +465,7 @@ def test_a_run_dies_with_its_sweep_and_starts_over(foreign):
     wait_for(lambda: os.path.exists("trained.txt"))
     process.kill()
     process.wait()
-    wait_for(
-        lambda: sweep.lock(Path("logs/sweeps/tiny"), "000-fault=wait.run", 10), seconds=1
-    )  # nobody holds it any more
+    sweep.lock(Path("logs/sweeps/tiny"), "000-fault=wait.run", timeout=10)  # nobody holds it any more
     assert sweep.status(Path("logs/sweeps/tiny"), "000-fault=wait", "loss")[0] == "running"
 
 
@@ -476,9 +474,7 @@ def test_a_terminal_shows_the_whole_sweep_while_it_runs(foreign):
     terminal, theirs = pty.openpty()
     args = [*LOSS, "--name=tiny", "--base=[]", grid(model__fault=[None, "exit", "pause"])]
     size = {"COLUMNS": "90", "LINES": "30", "TERM": "xterm-256color"}
-    process = subprocess.Popen(
-        [sys.executable, str(REPO / "sweep.py"), *args], stdout=theirs, stderr=theirs, env=os.environ | size
-    )
+    process = start(*args, stdout=theirs, stderr=theirs, env=os.environ | size)
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # that is how a terminal's end is told

@@ -20,7 +20,7 @@ from mnist_cnn import cli
 
 KEY = "0" * 40
 FEW = [*FIT, "--tensorboard=null", "--trainer.max_epochs=1"]
-SECONDS = 3 + 5 + 12  # that a host may cost at the start: to be reached, to take the run, and for W&B offline instead
+SECONDS = 3 + 5 + 4  # that a host may cost at the start: to be reached, to take the run, and for W&B offline instead
 
 
 def hang(connection):
