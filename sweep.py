@@ -320,7 +320,8 @@ class Grid:
                 parsers = getattr(self.parser._subcommands_action, "choices", {"fit": self.parser})
                 told = f"{unknown[0]}{nearest(unknown[1], (action.dest for action in parsers['fit']._actions))}"
             values = ", ".join(f"{key}={json.dumps(value)}" for key, value in self.values(point).items())
-            raise Mistake(f"{told} (with {values})") from error
+            base = "" if self.before[1:] or "config" in self.axes else ", without a base"
+            raise Mistake(f"{told} (with {values}{base})") from error
 
 
 def write_configs(answer: Connection, checked: tuple, points: list[Point], root: Path, settings: dict) -> None:
@@ -1026,6 +1027,19 @@ def sweep(
     return runs.go(max_failures, launch, program=program, takes_run_dir=takes_run_dir)
 
 
+def explain(message: str, args: list[str], known: Iterable[str]) -> str:
+    """What jsonargparse tells in a paragraph, in a line: the setting, the types that it takes, and the value."""
+    if unknown := re.search(r"(?:(?:Group '(\w+)' does not accept o|O)ption '|arguments: --)([\w.]+)", message):
+        name = ".".join(filter(None, unknown.groups()))
+        return f"unknown setting {name}{nearest(name, known)}"
+    key = re.match(r'Parser key "([\w.]+)":\s*', message)
+    types = re.findall(r"(?:Expected (?:an? )?|Not of type )(?:<class '|typing\.)?(\w+(?:\[.*?\])?)", message)
+    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    if key and types and value:
+        return f"{key[1]}: expected {' or '.join(dict.fromkeys(types))}, got {value[1]}".replace("NoneType", "null", 1)
+    return f"{key[1]}: {message[key.end() :]}" if key else f"{message} ({' '.join(args)})"
+
+
 def main(args: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     while (hole := os.open(os.devnull, os.O_RDWR)) < 3:
@@ -1052,17 +1066,21 @@ def main(args: list[str] | None = None) -> int:
                 "--fixed.KEY and --grid.KEY can be given once for each KEY: give --fixed='{KEY.A: 1, KEY.B: 2}'"
             )
         try:
-            settings = parser.parse_args(args).as_dict()
+            given = parser.parse_args(args)
         except (TypeError, ValueError, AttributeError) as error:  # where jsonargparse doesn't expect such a value
             raise Mistake(f"these settings can't be read: {error}") from error
-        settings.pop("config")
+        settings = given.as_dict()
+        del settings["config"]
+        if not isinstance(settings["slurm"], dict):
+            raise Mistake(f"slurm: expected its settings, got {json.dumps(settings['slurm'])}")
+        for key, default in parser.get_defaults().items():
+            if default is not None and given[key] is None:  # which jsonargparse takes for anything
+                raise Mistake(f"{key}: null is no value")
         return sweep(**settings | {"slurm": Slurm(**settings["slurm"])})
     except (Mistake, OSError) as error:
         message = str(error)
     except ArgumentError as error:
-        message = str(error)
-        if unknown := re.search(r"(?:Option '|unrecognized arguments: --)([\w.]+)", message):
-            message = f"unknown setting {unknown[1]}{nearest(unknown[1], (action.dest for action in parser._actions))}"
+        message = explain(str(error), args, (action.dest for action in parser._actions))
     except KeyboardInterrupt:
         return 130
     finally:

@@ -226,6 +226,8 @@ GRID = {
     "limit": 3,
     "retry_failed": True,
     "max_failures": 2,
+    "launcher": "local",
+    "slurm": {"partition": "main", "time": 60, "runs_at_once": None, "options": {"mem": 0}},
 }
 
 

@@ -222,7 +222,7 @@ MISTAKES = {
     "partition": ("--slurm.partition=nix", "Invalid partition name specified"),
     "option": ("--slurm.options.qoss=x", "unrecognized option '--qoss=x'"),
     "setting": ("--slurm.partitoin=main", "unknown setting slurm.partitoin (did you mean slurm.partition?)"),
-    "time": ("--slurm.time=0", 'key "slurm.time"'),
+    "time": ("--slurm.time=0", "slurm.time: Not of type PositiveInt: 0 "),
 }
 
 

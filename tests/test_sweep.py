@@ -267,16 +267,17 @@ MISTAKES = {
     ),
     "unknown key of another program": (
         [*LOSS, "--base=[]", "--fixed={}", grid(data__batch_sise=[16])],
-        "unrecognized arguments: --data.batch_sise (did you mean data.batch_size?) (with data.batch_sise=16)",
+        "unrecognized arguments: --data.batch_sise (did you mean data.batch_size?) (with data.batch_sise=16, without a base)",
     ),
     "unknown fixed key of another program": (
         [*LOSS, "--base=[]", '--fixed={"model.basi": true}', grid(model__lr=[0.1])],
-        "unrecognized arguments: --model.basi (did you mean model.bias?) (with model.lr=0.1)",
+        "unrecognized arguments: --model.basi (did you mean model.bias?) (with model.lr=0.1, without a base)",
     ),
     "wrong value": ([grid(model__optimizer__lr=[0.1, "high"])], "model.optimizer.lr: expected float, got 'high'"),
     "in both": ([grid(trainer__max_epochs=[1, 2])], "trainer.max_epochs is both in grid and in fixed"),
     "no overlay": ([grid(config=["nix.yaml"])], "nix.yaml' (with "),
     "no base": (["--base=nix.yaml"], "nix.yaml' (with "),
+    "no base at all": (["--base=[]"], "(with model.net.l1_chan=4, model.optimizer.nesterov=false, without a base)"),
     "base fails": ([f"--base=[{REPO}/configs/base.yaml, over.yaml]"], "unknown key modle.a (did you mean model?)"),
     "no program": (["--program=nix:main"], "program nix:main can't be imported: ModuleNotFoundError"),
     "no function": (["--program=main:nix"], "program main:nix can't be imported: AttributeError"),
@@ -294,8 +295,9 @@ MISTAKES = {
     "key that is no text": (["--grid={1: [1]}"], "grid and fixed take text as keys"),
     "value that JSON hasn't": (["--grid={a: [!!binary aGk=]}"], "and values as JSON has them, not ['a', [b'hi']]"),
     "half a class": (['--fixed={"a": {"class_path": "CNN", "init_args": 3}}'], "these settings can't be read"),
-    "limit": (["--limit=0"], 'key "limit"'),
-    "mode": (["--mode=best"], "Expected a typing.Literal['max', 'min']. Got value: best"),
+    "limit": (["--limit=0"], "limit: expected PositiveInt or null, got 0"),
+    "mode": (["--mode=best"], "mode: expected Literal['max', 'min'], got best"),
+    "failures": (["--max_failures=0"], "max_failures: Not of type PositiveInt: 0 does not conform to restriction v>0"),
 }
 
 
@@ -305,6 +307,31 @@ def test_a_mistake_gets_a_line_and_leaves_nothing(args, told, foreign, capfd):
     Path("broken.py").write_text("def main(:\n")
     assert told in error(capfd, *settings(foreign), *args)
     assert not Path("logs").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"metric": None}, "metric: null is no value"),
+        ({"max_failures": None}, "max_failures: null is no value"),
+        ({"slurm": {"options": None}}, "slurm.options: null is no value"),
+        ({"slurm": {"tme": 3}}, "unknown setting slurm.tme (did you mean slurm.time?)"),
+        ({"slurm": {"time": "1:00:00"}}, "slurm.time: Not of type PositiveInt: "),
+        ({"slurm": [3]}, "slurm: expected its settings, got [3]"),
+        ({"slurm": None}, "slurm: expected its settings, got null"),
+        ({"limit": "all"}, "limit: expected PositiveInt or null, got all"),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_a_sweeps_file(changes, told, folder, capfd):
+    assert error(capfd, *settings(folder, **changes)).startswith(f"error: {told}")
+    assert os.listdir() == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize("content", ["[1]", "", "limit: ["], ids=["list", "empty", "broken"])
+def test_a_file_that_holds_no_settings_is_named(content, folder, capfd):
+    Path("odd.yaml").write_text(content)
+    assert error(capfd, "--config=odd.yaml").endswith("(--config=odd.yaml)")
 
 
 @pytest.mark.parametrize("content", [[], ["a.txt"]], ids=["empty", "other files"])
