@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentError, auto_cli
 
 import sweep
 
@@ -457,6 +457,8 @@ def to_html(figure: go.Figure) -> str:
 
 if __name__ == "__main__":
     try:
-        print(auto_cli(report))
-    except sweep.Mistake as error:
+        print(auto_cli(report, exit_on_error=False))
+    except ArgumentError as error:
+        sys.exit(f"error: {sweep.explain(str(error), sys.argv[1:], report.__annotations__)}")
+    except (sweep.Mistake, OSError) as error:
         sys.exit(f"error: {error}")

@@ -1029,10 +1029,11 @@ def sweep(
 
 def explain(message: str, args: list[str], known: Iterable[str]) -> str:
     """What jsonargparse tells in a paragraph, in a line: the setting, the types that it takes, and the value."""
+    message = " ".join(message.split())
     if unknown := re.search(r"(?:(?:Group '(\w+)' does not accept o|O)ption '|arguments: --)([\w.]+)", message):
         name = ".".join(filter(None, unknown.groups()))
         return f"unknown setting {name}{nearest(name, known)}"
-    key = re.match(r'Parser key "([\w.]+)":\s*', message)
+    key = re.match(r'Parser key "([\w.]+)": ', message)
     types = re.findall(r"(?:Expected (?:an? )?|Not of type )(?:<class '|typing\.)?(\w+(?:\[.*?\])?)", message)
     value = re.search(r"(?:Got|Given) value: (.*)", message)
     if key and types and value:

@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -113,10 +114,27 @@ def test_without_the_extra_the_sweep_ends_well_and_says_what_to_install(foreign)
     assert not Path("logs/sweeps/tiny/report.html").exists()
 
 
-def test_a_folder_that_is_no_sweep_is_a_mistake(folder):
-    command = [sys.executable, str(REPO / "report.py"), "nix"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "error: nix is no sweep's folder: it has no configs/*.yaml\n"
+@pytest.mark.parametrize(
+    "args, told",
+    [
+        (["nix"], "nix is no sweep's folder: it has no configs/*.yaml"),
+        (["nix", "--mode=x"], "mode: expected Literal['max', 'min'] or null, got x"),
+        (["nix", "--metrik=x"], "unknown setting metrik (did you mean metric?)"),
+        ([], "the following arguments are required: folder ()"),
+    ],
+    ids=str,
+)
+def test_a_mistake_gets_a_line(args, told, folder):
+    done = subprocess.run([sys.executable, str(REPO / "report.py"), *args], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"error: {told}\n"
+
+
+def test_a_page_that_cannot_be_written_gets_a_line(tiny, folder):
+    shutil.copytree(tiny[0] / "logs/sweeps/tiny", "tiny")
+    os.remove("tiny/report.html")
+    os.mkdir("tiny/report.html")
+    done = subprocess.run([sys.executable, str(REPO / "report.py"), "tiny"], capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch("error: .*tiny/report.html.*\n", done.stderr), done.stderr
 
 
 def test_correlation_is_pearsons():
