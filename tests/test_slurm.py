@@ -246,7 +246,8 @@ def test_the_readmes_job_of_two_nodes_goes_on_when_it_is_requeued(cluster, folde
     settings = [
         "--trainer.devices=1",
         "--trainer.accelerator=cpu",
-        "--trainer.max_epochs=5",
+        "--trainer.max_epochs=20",  # some seconds, within which it is requeued
+        "--early_stopping=null",
         "--num_threads=1",
         *SHORT[1:],
     ]
@@ -266,5 +267,5 @@ def test_the_readmes_job_of_two_nodes_goes_on_when_it_is_requeued(cluster, folde
         .read_text()
         .startswith(f"# resumed from {root}/version_0/checkpoints/last.ckpt")
     )
-    assert metrics_of(root / "version_1")["epochs"] == 5 and not (root / "version_0/metrics.json").exists()
+    assert metrics_of(root / "version_1")["epochs"] == 20 and not (root / "version_0/metrics.json").exists()
     assert "Starting with 2 processes" in log.read_text() and "The run, with its" in log.read_text()
