@@ -19,6 +19,7 @@ from selenium import webdriver
 
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 sys.argv = ["main.py"]  # LightningCLI warns where both sys.argv and args are given
 
 from main import main  # noqa: E402
