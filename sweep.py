@@ -970,7 +970,7 @@ def sweep(
             raise Mistake(told) from None
     fixed, grid = ({".".join(path): value for path, value in flatten(some) if path} for some in (fixed, grid))
     root = Path("logs/sweeps", name or Path(run_dir or "sweep").resolve().name)
-    if name is not None and not re.fullmatch(r"\w[\w.+=@ -]*", name):
+    if name is not None and not (re.fullmatch(r"\w[\w.+=@ -]*", name) and len(os.fsencode(name)) < 256):
         raise Mistake(f"name: {name!r} can't be the name of a folder")
     if run_dir:
         if base or grid:
@@ -1000,7 +1000,8 @@ def sweep(
             raise Mistake(f"{key} is both in grid and in fixed")
     settings = {"base": base, "grid": grid, "fixed": fixed, "name": name, "metric": metric, "mode": mode}
     settings["program"] = program
-    points = list(itertools.islice(itertools.product(*(range(len(values)) for values in grid.values())), limit))
+    product = itertools.product(*(range(len(values)) for values in grid.values()))
+    points = list(itertools.islice(product, limit and min(limit, sys.maxsize)))
     before = ["fit", *to_arguments("config", base)]
     after = [argument for item in fixed.items() for argument in to_arguments(*item)]
     runs = Sweep(root, metric, mode, retry_failed)
@@ -1073,7 +1074,7 @@ def main(args: list[str] | None = None) -> int:
         settings = given.as_dict()
         del settings["config"]
         if not isinstance(settings["slurm"], dict):
-            raise Mistake(f"slurm: expected its settings, got {json.dumps(settings['slurm'])}")
+            raise Mistake(f"slurm: expected its settings, got {settings['slurm']}")
         for key, default in parser.get_defaults().items():
             if default is not None and given[key] is None:  # which jsonargparse takes for anything
                 raise Mistake(f"{key}: null is no value")
