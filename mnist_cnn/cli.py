@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import signal
+import stat
 import sys
 import threading
 import time
@@ -547,16 +548,17 @@ def versions(root: Path) -> dict[int, Path]:
 
 def new_version(root: Path) -> Path:
     """Makes the next free version_N. Two processes never get the same one."""
-    for attempt in range(1000):
+    while True:
         try:
             root.mkdir(parents=True, exist_ok=True)
             folder = root / f"version_{max(versions(root), default=-1) + 1}"
             folder.mkdir()
-            break
-        except (FileExistsError, FileNotFoundError):  # another process made it, or removed root, which was empty
-            if attempt == 999:  # or a link leads nowhere
-                raise
-    return folder
+            return folder
+        except (FileExistsError, FileNotFoundError) as error:
+            # Another process made it, or removed root, which was empty; unless it is a file, or a link to nowhere.
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISDIR(os.lstat(error.filename).st_mode):
+                    raise error
 
 
 def find_checkpoint(run: Path, which: str) -> str:

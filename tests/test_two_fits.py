@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -131,7 +130,6 @@ def test_a_folder_that_another_removes_as_empty_is_made_again(tmp_path):
 
     def remove():
         while not done:
-            time.sleep(1e-4)  # else it hardly lets the other thread in
             with contextlib.suppress(OSError):
                 root.rmdir()
                 removed.append(root)
@@ -146,11 +144,18 @@ def test_a_folder_that_another_removes_as_empty_is_made_again(tmp_path):
     assert len(removed) > 20
 
 
-def test_a_link_that_leads_nowhere_is_told(folder, capfd):
+def test_a_link_that_leads_nowhere_and_a_file_are_told(folder, capfd):
     os.symlink("nowhere", "logs")
     assert error_of(capfd, *FIT) == "error: logs/mnist can't be written: File exists"
     assert error_of(capfd, *FIT, "--run_dir=logs/mine") == "error: logs/mine can't be written: File exists"
-    assert os.listdir() == ["logs"]
+    os.remove("logs")
+    Path("logs").touch()
+    assert error_of(capfd, *FIT) == "error: logs/mnist can't be written: Not a directory"
+    os.remove("logs")
+    os.mkdir("logs")
+    Path("logs/mnist").touch()
+    assert error_of(capfd, *FIT) == "error: logs/mnist can't be written: File exists"
+    assert [str(path) for path in Path().rglob("*")] == ["logs", "logs/mnist"]
 
 
 @pytest.fixture(autouse=True)
