@@ -1039,7 +1039,9 @@ def explain(message: str, args: list[str], known: Iterable[str]) -> str:
     value = re.search(r"(?:Got|Given) value: (.*)", message)
     if key and types and value:
         return f"{key[1]}: expected {' or '.join(dict.fromkeys(types))}, got {value[1]}".replace("NoneType", "null", 1)
-    return f"{key[1]}: {message[key.end() :]}" if key else f"{message} ({' '.join(args)})"
+    if key:
+        return f"{key[1]}: {message[key.end() :]}"
+    return f"{message} ({' '.join(args)})" if args else message
 
 
 def main(args: list[str] | None = None) -> int:

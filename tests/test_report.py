@@ -120,7 +120,7 @@ def test_without_the_extra_the_sweep_ends_well_and_says_what_to_install(foreign)
         (["nix"], "nix is no sweep's folder: it has no configs/*.yaml"),
         (["nix", "--mode=x"], "mode: expected Literal['max', 'min'] or null, got x"),
         (["nix", "--metrik=x"], "unknown setting metrik (did you mean metric?)"),
-        ([], "the following arguments are required: folder ()"),
+        ([], "the following arguments are required: folder"),
     ],
     ids=str,
 )

@@ -267,7 +267,8 @@ MISTAKES = {
     ),
     "unknown key of another program": (
         [*LOSS, "--base=[]", "--fixed={}", grid(data__batch_sise=[16])],
-        "--data.batch_sise (did you mean data.batch_size?) (with data.batch_sise=16, without a base)",
+        "unrecognized arguments: --data.batch_sise (did you mean data.batch_size?)"
+        " (with data.batch_sise=16, without a base)",
     ),
     "unknown fixed key of another program": (
         [*LOSS, "--base=[]", '--fixed={"model.basi": true}', grid(model__lr=[0.1])],
