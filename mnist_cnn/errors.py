@@ -126,7 +126,7 @@ def explain(message: str, parser: LightningArgumentParser, files: dict[str, Path
         return f"unknown key {name}{_nearest(name, known) or _nearest(name.split('.')[0], known)}"
     value = re.findall(r"(?:Got|Given) value: (?!NestedArg|Namespace)(.*)", message)
     given_value = value[0].partition(". Got value")[0] if value else ""
-    types = re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing.(Literal\[.*?\]))", message)
+    types = re.findall(r"Expected (?:an? )?(?:<class '([\w.]+)'>|typing.(Literal\[.*?\]))", message)
     types = [name for pair in types for name in pair if name and name != "NoneType"]
     missing = re.search(
         r"dot import path string: (\S+)|given class_path '(\S+)':\s*(?:No module|.* has no attr)", message

@@ -211,6 +211,7 @@ MISTAKES = {
     "--model.net.l1_chan=4.5": ["model.net.l1_chan", "int", "'4.5'"],
     "--model.optimizer.lr=fast": ["model.optimizer.lr", "float", "'fast'"],
     "--trainer.max_epochs=many": ["trainer.max_epochs", "int", "'many'"],
+    "--trainer.max_epochs=a": ["trainer.max_epochs: expected int, got 'a'"],
     "--model.net=CMN": ["model.net", "no class CMN", "did you mean CNN"],
     "--model.optimizer=Adamm": ["model.optimizer", "no class Adamm", "did you mean Adam"],
     "--model=nowhere.Model": ["model", "no module nowhere; is it installed?"],
