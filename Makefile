@@ -1,32 +1,37 @@
-# Each target does its own set-up: a virtual environment in .venv with what pyproject.toml asks for. In the container
-# the packages are there already; MNIST_CNN_BIN says where.
+# Each target creates the virtual environment .venv from pyproject.toml if there is none. In the container the packages
+# are installed already; MNIST_CNN_BIN says where.
 PYTHON ?= python3
 BIN := $(or $(MNIST_CNN_BIN),.venv/bin)
 READY := $(if $(MNIST_CNN_BIN),,.venv/installed)
-# Versions that the output file has already are kept, whatever has been released since.
+# Keeps the versions that the output file has already.
 COMPILE = $(BIN)/uv pip compile pyproject.toml --quiet --system-certs --python $(BIN)/python --all-extras \
 	--generate-hashes --universal --python-version 3.11 --custom-compile-command "make lock" --output-file
 
-.PHONY: train test tensorboard lock audit clean
+.PHONY: train test stress tensorboard lock check-lock audit clean
 
 train: $(READY) ## train, validate and test the CNN of configs/base.yaml
 	$(BIN)/python main.py fit --config configs/base.yaml
 
-test: $(READY) ## all checks and tests
+test: $(READY) ## everyday checks and tests: 5 minutes
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	@new=$$(mktemp) && trap "rm $$new" EXIT && cp requirements.lock $$new && $(COMPILE) $$new && \
-	{ diff $$new requirements.lock || { echo "error: requirements.lock isn't up to date: make lock" >&2; exit 1; }; }
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
-tensorboard: $(READY) ## look at the runs on http://localhost:6006
+stress: $(READY) ## slow tests: kills, full disks, SLURM, browser, several processes, accuracies: 25 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stress
+
+tensorboard: $(READY) ## show the runs on http://localhost:6006
 	$(BIN)/tensorboard --logdir logs
 
-lock: $(READY) ## requirements.lock: what pyproject.toml asks for, pinned; UPGRADE=1: the newest of everything
+lock: $(READY) ## pin the dependencies in requirements.lock; UPGRADE=1: to their newest versions
 	$(COMPILE) requirements.lock $(if $(UPGRADE),--upgrade)
 
-audit: $(READY) ## known vulnerabilities of what is in requirements.lock
+check-lock: $(READY) ## check that requirements.lock fits pyproject.toml
+	@new=$$(mktemp) && trap "rm $$new" EXIT && cp requirements.lock $$new && $(COMPILE) $$new && \
+	{ diff $$new requirements.lock || { echo "error: requirements.lock is out of date: make lock" >&2; exit 1; }; }
+
+audit: $(READY) ## known vulnerabilities of the packages in requirements.lock
 	$(BIN)/uv tool run --system-certs pip-audit --requirement requirements.lock --require-hashes --disable-pip --strict
 
 clean: ## remove the virtual environment; runs stay

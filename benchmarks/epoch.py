@@ -1,10 +1,9 @@
-"""An epoch of configs/base.yaml as shipped against a plain torch loop: `python benchmarks/epoch.py`.
+"""An epoch of configs/base.yaml as shipped against a plain torch loop, one thread each: `python benchmarks/epoch.py`.
 
-The loop has the same net, data, batch size, optimizer and number of threads, its tensors lie ready as floats, it logs
-nothing, and it validates after each epoch. `fit` has both loggers, histograms, checkpoints, early stopping and, in a
-pseudo-terminal, its progress bar. Processes take turns; an epoch lasts from one epoch's line to the next.
-Prints medians of all epochs but each process's first, and their ratio, for the original net and for one of 8, 16 and 32
-channels.
+The loop has the same net, data, batch size and optimizer, keeps its images as floats, logs nothing, and validates after
+each epoch. `fit` has both loggers, histograms, checkpoints, early stopping and, in a pseudo-terminal, its progress bar.
+Processes alternate; an epoch lasts from one epoch's line to the next. Prints the medians of all epochs but each
+process's first, and their ratio, for the original net and for one of 8, 16 and 32 channels.
 """
 
 import itertools
@@ -27,15 +26,15 @@ def plain(channels: tuple[int, ...]) -> None:
     sys.path.insert(0, str(REPO))
     import torch
     from torch.nn import functional as F
-    from torchvision.datasets import MNIST
 
-    from mnist_cnn import CNN
+    from mnist_cnn import CNN, MNISTDataModule
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.manual_seed(138)
-    data = MNIST(REPO / "data")
-    order = torch.randperm(60_000)
-    images, targets = data.data[order].unsqueeze(1).float().div(255), data.targets[order]
+    data = MNISTDataModule(str(REPO / "data"), val_size=0)
+    data.setup("fit")
+    images, targets = data.sets["train"].tensors
+    images = images.unsqueeze(1).float().div(255)
     (val_images, val_targets), (images, targets) = (images[:6_000], targets[:6_000]), (images[6_000:], targets[6_000:])
     net = CNN(*channels)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
@@ -78,10 +77,11 @@ def main() -> None:
         os.chdir(folder)
         for name, channels in NETS.items():
             widths = [f"--model.net.l{index}_chan={width}" for index, width in enumerate(channels, 1)]
-            options = [f"--config={REPO / 'configs/base.yaml'}", f"--data.data_dir={REPO / 'data'}", *widths]
+            base = [f"--config={REPO / 'configs/base.yaml'}", f"--data.data_dir={REPO / 'data'}", "--num_threads=1"]
+            options = [*base, *widths, f"--trainer.max_epochs={EPOCHS}"]
             fit, loop = [], []
             for _ in range(ROUNDS):
-                fit += epochs(str(REPO / "main.py"), "fit", *options, f"--trainer.max_epochs={EPOCHS}")
+                fit += epochs(str(REPO / "main.py"), "fit", *options)
                 loop += epochs(__file__, name)
             ours, theirs = statistics.median(fit), statistics.median(loop)
             print(f"{name:10}{ours:6.2f} s{theirs:6.2f} s{ours / theirs:8.2f}", flush=True)

@@ -5,6 +5,7 @@ is the import of what draws the page. Prints seconds, the ratio to the baseline,
 """
 
 import json
+import os
 import random
 import shutil
 import statistics
@@ -35,7 +36,8 @@ GRIDS = {
 def run(*command: str, folder: Path) -> float:
     """Runs a Python command; returns its seconds."""
     start = time.monotonic()
-    subprocess.run([sys.executable, *command], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    subprocess.run([sys.executable, *command], cwd=folder, check=True, stdout=subprocess.DEVNULL, env=environment)
     return time.monotonic() - start
 
 
@@ -62,7 +64,8 @@ def main() -> None:
         took: dict[int, list[float]] = {0: [], **{count: [] for count in GRIDS}}
         for _ in range(3):
             for count, some in took.items():
-                command = [str(REPO / "report.py"), f"logs/sweeps/{count}"] if count else ["-c", "import report"]
+                module = "mnist_cnn.sweeps.report"
+                command = ["-m", module, f"logs/sweeps/{count}"] if count else ["-c", f"import {module}"]
                 some.append(run(*command, folder=folder if count else REPO))
         baseline = statistics.median(took.pop(0))
         print(f"runs   seconds   ratio to the import, {baseline:.1f} s   MB")

@@ -1,29 +1,27 @@
-"""A user's own pictures of digits, prepared the way MNIST was."""
+"""A user's own images of digits, prepared as MNIST was."""
 
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from mnist_cnn.run.errors import UserError
+
 
 def read_images(folder: str) -> tuple[Tensor, list[str], list[str]]:
-    """Reads all PNG and JPEG files of a folder, sorted by name, as MNIST would have them.
-
-    Args:
-        folder: The folder.
+    """Reads all PNG and JPEG files of a folder, sorted by name, and prepares them as MNIST was.
 
     Returns:
-        uint8 [N, 28, 28]; the N file names; what could not be read, with the reasons.
+        uint8 [N, 28, 28]; the N file names; the files that could not be read, each with the reason.
 
     Raises:
-        MisconfigurationException: If no image could be read.
+        UserError: If no image could be read.
     """
     if not os.path.isdir(folder):
-        raise MisconfigurationException(f"predict_dir {folder} is not a folder")
+        raise UserError(f"predict_dir {folder} is not a folder")
     images, names, unreadable = [], [], []
     for path in sorted(Path(folder).iterdir()):
         if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
@@ -35,9 +33,7 @@ def read_images(folder: str) -> tuple[Tensor, list[str], list[str]]:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             unreadable.append(f"{path.name} ({error})")
     if not images:
-        raise MisconfigurationException(
-            f"predict_dir {folder} has no PNG or JPEG image that can be read" + "".join(f"; {u}" for u in unreadable)
-        )
+        raise UserError("; ".join([f"predict_dir {folder} has no readable PNG or JPEG image", *unreadable]))
     return torch.stack(images), names, unreadable
 
 
@@ -60,8 +56,7 @@ def to_mnist(image: Image.Image) -> Tensor:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     grey = np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L"), dtype=np.float32)
-    if grey.max() > 255:  # 16 bits a pixel
-        grey = (grey / 257).astype(np.float32)
+    grey = grey / np.float32(257 if grey.max() > 255 else 1)  # 16 bits a pixel
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     ink = np.abs(grey - np.median(border))
     if ink.max() < 16:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import nn
 
 
@@ -16,15 +17,12 @@ class CNN(nn.Module):
         l2_chan: Channels out of the second convolution (3x3, stride 1).
         l3_chan: Channels out of the third convolution (3x3, stride 2).
         fc1_out: Width of the hidden linear layer.
-
-    Raises:
-        ValueError: If a width is below 1.
     """
 
-    def __init__(self, l1_chan: int = 4, l2_chan: int = 8, l3_chan: int = 16, fc1_out: int = 30) -> None:
+    def __init__(
+        self, l1_chan: PositiveInt = 4, l2_chan: PositiveInt = 8, l3_chan: PositiveInt = 16, fc1_out: PositiveInt = 30
+    ) -> None:
         super().__init__()
-        if min(l1_chan, l2_chan, l3_chan, fc1_out) < 1:
-            raise ValueError(f"widths must be at least 1, got {l1_chan}, {l2_chan}, {l3_chan} and {fc1_out}")
         self.conv1 = nn.Conv2d(1, l1_chan, kernel_size=3, stride=2)
         self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(l1_chan, l2_chan, kernel_size=3, padding="same")
@@ -46,34 +44,32 @@ class CNN(nn.Module):
 
 
 class StackCNN(nn.Sequential):
-    """Convolutions without bias, each followed by batch normalisation, ReLU and perhaps pooling; one linear layer.
+    """Convolutions without bias, each with batch normalisation, ReLU and perhaps max pooling; then a linear layer.
 
     The layers are named conv1, norm1, relu1, pool1 and so on.
 
     Args:
         channels: Channels out of each convolution.
-        kernel_sizes: Width of each one's kernel.
+        kernel_sizes: Kernel size of each one.
         strides: Stride of each one.
-        paddings: Zeros around each one's input.
-        pools: Width of the max pooling after each one; 1: there is none.
+        paddings: Zero padding of each one.
+        pools: Size of the max pooling after each one; 1: none.
 
     Raises:
-        ValueError: If the lists are not of one length, a number is too small, or no image is left.
+        ValueError: If the lists do not have the same length, or nothing of the image is left.
     """
 
     def __init__(
         self,
-        channels: Sequence[int] = (16, 32, 64),
-        kernel_sizes: Sequence[int] = (5, 3, 3),
-        strides: Sequence[int] = (2, 2, 1),
-        paddings: Sequence[int] = (0, 0, 0),
-        pools: Sequence[int] = (1, 1, 1),
+        channels: Sequence[PositiveInt] = (16, 32, 64),
+        kernel_sizes: Sequence[PositiveInt] = (5, 3, 3),
+        strides: Sequence[PositiveInt] = (2, 2, 1),
+        paddings: Sequence[NonNegativeInt] = (0, 0, 0),
+        pools: Sequence[PositiveInt] = (1, 1, 1),
     ) -> None:
         super().__init__()
-        if not 1 <= len(channels) == len(kernel_sizes) == len(strides) == len(paddings) == len(pools):
-            raise ValueError("channels, kernel_sizes, strides, paddings and pools must be equally many, and not none")
-        if min(*channels, *kernel_sizes, *strides, *pools) < 1 or min(paddings) < 0:
-            raise ValueError("channels, kernel_sizes, strides and pools must be at least 1, paddings at least 0")
+        if not len(channels) == len(kernel_sizes) == len(strides) == len(paddings) == len(pools):
+            raise ValueError("channels, kernel_sizes, strides, paddings and pools must have the same length")
         width, before = 28, 1
         layers = zip(channels, kernel_sizes, strides, paddings, pools)
         for index, (after, kernel, stride, padding, pool) in enumerate(layers, 1):
@@ -84,6 +80,6 @@ class StackCNN(nn.Sequential):
                 self.add_module(f"pool{index}", nn.MaxPool2d(pool))
             width, before = ((width + 2 * padding - kernel) // stride + 1) // pool, after
             if width < 1:
-                raise ValueError(f"convolution {index} leaves nothing of the image")
+                raise ValueError(f"nothing of the image is left after convolution {index}")
         self.flatten = nn.Flatten()  # [N, channels[-1] * width * width]
         self.fc = nn.Linear(before * width * width, 10)

@@ -1,6 +1,8 @@
 """What the tests share: the command line in this process, on real MNIST limited to a few batches."""
 
 import contextlib
+import gzip
+import io
 import json
 import os
 import shlex
@@ -12,10 +14,11 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from selenium import webdriver
 
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
@@ -24,7 +27,9 @@ sys.argv = ["main.py"]  # LightningCLI warns where both sys.argv and args are gi
 
 from main import main  # noqa: E402
 
-BASE = ["--config", str(REPO / "configs/base.yaml"), f"--data.data_dir={REPO / 'data'}"]
+RESUME = "resume with: "  # what comes before the command that resumes a stopped run
+DATA = REPO / "data"
+BASE = ["--config", str(REPO / "configs/base.yaml"), f"--data.data_dir={DATA}"]
 SHORT = [
     "--trainer.max_epochs=2",
     "--trainer.limit_train_batches=20",
@@ -33,27 +38,50 @@ SHORT = [
     "--trainer.log_every_n_steps=5",
     "--histograms.every_n_steps=10",
     "--data.eval_batch_size=500",
+    "--num_threads=1",
 ]
 FIT = ["fit", *BASE, *SHORT]
 QUIET = ["--tensorboard=null", "--wandb=null"]  # no loggers
+BRIEF = [*FIT, *QUIET, "--trainer.limit_train_batches=8", "--test_pictures=null", "--graph=null"]
+RUNS = Path("logs/mnist")
+RUN = RUNS / "version_0"
+LAST = RUN / "checkpoints/last.ckpt"
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO / "tests")}
 
 
-@pytest.fixture(autouse=True)
-def no_account(monkeypatch, tmp_path_factory):
-    """No W&B account and no setting of the machine's plays a part."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    home = tmp_path_factory.getbasetemp() / "home"
-    home.mkdir(exist_ok=True)
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("NETRC", str(home / "netrc"))
+@pytest.fixture(autouse=True, scope="session")
+def no_account(tmp_path_factory):
+    """No test uses a W&B account or the user's own settings."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)
+        for target in (os.environ, ONE_THREAD):
+            patch.setitem(target, "HOME", str(home))
+            patch.setitem(target, "NETRC", str(home / "netrc"))
+        yield
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty working directory."""
+    """An empty working directory, in which Python finds modules."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory):
+    """A finished run with everything on: its folder, the CLI object, what it printed."""
+    folder = tmp_path_factory.mktemp("fitted")
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(folder)
+        cli = main(FIT)
+    run = folder / RUN
+    return SimpleNamespace(
+        folder=folder, run=run, config=f"--config={run}/config.yaml", cli=cli, out=out.getvalue(), err=err.getvalue()
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -78,19 +106,14 @@ def tiny(tmp_path_factory):
     import sweeps  # which imports this file
 
     folder = tmp_path_factory.mktemp("tiny")
-    fixed = dict(option.removeprefix("--").split("=") for option in [BASE[2], *SHORT])
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    environment["HOME"] = str(folder)
-    done = sweeps.in_new_process(
-        *sweeps.settings(folder, fixed=fixed), cwd=folder, env=environment | {"HOME": str(folder)}
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return folder, sweeps.run_tiny(folder)
 
 
 @pytest.fixture(scope="session")
 def browser():
     """A real browser without a window."""
+    from selenium import webdriver
+
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
         pytest.skip("no chromium and chromedriver: Debian's packages are chromium and chromium-driver")
@@ -132,8 +155,17 @@ def tensorboard(logdir: Path):
         server.wait()
 
 
+def mnist(part: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images uint8 [N, 28, 28] and targets int64 [N] of train or t10k."""
+    contents = []
+    for kind, start in (("images-idx3", 16), ("labels-idx1", 8)):
+        with gzip.open(DATA / f"MNIST/raw/{part}-{kind}-ubyte.gz") as file:
+            contents.append(torch.tensor(np.frombuffer(file.read(), np.uint8, offset=start)))
+    return contents[0].view(-1, 28, 28), contents[1].long()
+
+
 def metrics_of(run: Path) -> dict:
-    """metrics.json less what no two runs share."""
+    """metrics.json without the duration, which no two runs share."""
     metrics = json.loads((run / "metrics.json").read_text())
     del metrics["seconds"]
     return metrics
@@ -151,10 +183,22 @@ def assert_same_weights(run: Path, other: Path) -> None:
         assert torch.equal(ours[name], theirs[name]), name
 
 
+def assert_same_run(run: Path, other: Path) -> None:
+    """To the last digit."""
+    assert metrics_of(run) == metrics_of(other)
+    assert_same_weights(run, other)
+
+
+def callback_of(cli, name: str):
+    """The callback of a class, by its name."""
+    (found,) = [callback for callback in cli.trainer.callbacks if type(callback).__name__ == name]
+    return found
+
+
 def in_new_process(*args: str) -> subprocess.CompletedProcess:
     """`python main.py ARGS` in the working directory."""
     command = [sys.executable, str(REPO / "main.py"), *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -177,12 +221,12 @@ def wait_for(condition, of: subprocess.Popen | Path | None = None, seconds: floa
     return found
 
 
-def go_on(line: str, *more: str) -> Path:
-    """Does what an error says; returns the new run."""
-    command = shlex.split(line.partition("to go on: ")[2])
-    assert command[:2] == ["python", "main.py"]
+def resume(line: str, *more: str) -> Path:
+    """Runs the command that an error recommends; returns the new run."""
+    command = shlex.split(line.partition(RESUME)[2])
+    assert command[:2] == ["python", "main.py"], line
     main([*command[2:], *more])
-    return max(Path("logs/mnist").iterdir())
+    return max(RUNS.iterdir())
 
 
 def error_of(capfd, *args: str) -> str:
@@ -195,3 +239,13 @@ def error_of(capfd, *args: str) -> str:
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+def printed_config(capfd, *args: str) -> str:
+    """What --print_config prints."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([*args, "--print_config"])
+    printed = capfd.readouterr()
+    assert ended.value.code == 0, printed.err
+    return printed.out

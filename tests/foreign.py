@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -31,8 +30,9 @@ class Line(LightningModule):
                 time.sleep(600)
             case "wait":
                 time.sleep(600)
-            case "fill":
-                Path(self.trainer.default_root_dir, "ballast").write_bytes(bytes(10**8))
+            case "hold":
+                while os.path.exists("held"):
+                    time.sleep(0.05)
             case "pause":
                 time.sleep(1)
         return torch.nn.functional.mse_loss(self.line(batch[0]), batch[1])

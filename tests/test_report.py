@@ -1,175 +1,249 @@
-"""report.py, on real sweeps, and its page in a real browser."""
+"""report.html, made from sweeps that are written by hand."""
 
 import html
 import json
 import os
 import re
-import shutil
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import REPO
-from sweeps import LOSS, grid, in_new_process, rows
+from torch.utils.tensorboard import SummaryWriter
 
-import report
-import sweep
+from mnist_cnn.run.errors import UserError
+from mnist_cnn.sweeps.report import direction, explained, losses_of, overfitting, report, without_evaluation
+
+SWEEP = Path("logs/sweeps/tiny")
+GRID = [
+    {"model.net.l1_chan": chan, "model.optimizer.nesterov": nesterov} for chan in (4, 8) for nesterov in (False, True)
+]
+NAMES = [
+    f"{i:03d}-l1_chan={chan}-nesterov={nesterov}"
+    for i, (chan, nesterov) in enumerate([(4, "false"), (4, "true"), (8, "false"), (8, "true")])
+]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def write_run(name: str, swept: dict, metrics: dict | None = None, reason: str = "", events: bool = True) -> None:
+    """Writes a run of a sweep: finished, if it has metrics; failed, if there is a reason; otherwise pending."""
+    run_dir = SWEEP / name
+    (SWEEP / "configs").mkdir(parents=True, exist_ok=True)
+    (SWEEP / "configs" / f"{name}.yaml").write_text(f"# swept: {json.dumps(swept)}\nseed_everything: 1\n")
+    if reason:
+        run_dir.mkdir()
+        (run_dir / "status.json").write_text(json.dumps({"status": "failed", "reason": reason, "time": 1.0}))
+    if metrics:
+        run_dir.mkdir()
+        (run_dir / "metrics.json").write_text(json.dumps(metrics))
+        if events:
+            write_events(run_dir, [4.0, 2.0, 3.0])
+
+
+def write_events(run_dir: Path, val_losses: list[float], first_step: int = 0) -> None:
+    """Writes TensorBoard events: five steps from one validation to the next, histograms, two pictures."""
+    with SummaryWriter(run_dir, filename_suffix=f".{first_step}") as writer:
+        for step in range(first_step, first_step + 5 * len(val_losses)):
+            writer.add_scalar("train/loss", 4 / (1 + step), step)
+            writer.add_histogram("param/weight", np.arange(9), step)
+        for index, loss in enumerate(val_losses):
+            writer.add_scalar("val/loss", loss, first_step + 5 * index + 4)
+        writer.add_scalar("val/loss", min(val_losses), first_step + 5 * len(val_losses))  # of the best checkpoint
+        for tag in ("test/confusion_matrix", "test/worst_classified"):
+            writer.add_image(tag, np.full((3, 60, 600), step, np.uint8))
+
+
+def write_tiny() -> dict[str, dict]:
+    """Writes a finished sweep of four runs; returns their metrics by name, the best first."""
+    accuracies = [0.91, 0.93, 0.96, 0.94]
+    metrics = [
+        {"val/loss": 1.2 - acc, "val/acc": acc, "test/loss": 1.3 - acc, "test/acc": acc - 0.01}
+        | {"epochs": 3, "seconds": 7.25, "best_checkpoint": "checkpoints/epoch01.ckpt"}
+        for acc in accuracies
+    ]
+    for run in zip(NAMES, GRID, metrics):
+        write_run(*run)
+    return {NAMES[i]: metrics[i] for i in np.argsort(accuracies)[::-1]}
 
 
 def text_of(page: Path) -> str:
-    """What a page says, without its scripts and plots."""
+    """The text of a page, without its scripts and plots."""
     content = re.sub(r"<script.*?</script>|<style.*?</style>", "", page.read_text(), flags=re.DOTALL)
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", content)).split())
 
 
-def test_a_sweep_ends_with_a_page_that_has_its_facts(tiny):
-    page = tiny[0] / "logs/sweeps/tiny/report.html"
-    assert tiny[1].splitlines()[-1] == "report: logs/sweeps/tiny/report.html"
+def test_the_page_shows_a_finished_sweep():
+    results = write_tiny()
+    page = report(SWEEP)
+    assert page == SWEEP / "report.html"
     text = text_of(page)
-    assert "4 of 4 runs are finished. Compared by val/acc" in text
-    results = sorted(rows(tiny[0] / "logs/sweeps/tiny"), key=lambda row: -float(row["val/acc"]))
-    best = results[0]
-    assert f"{best['name']} reached val/acc {float(best['val/acc']):.4f}" in text
-    assert re.findall(r"(\d{3}) finished", text) == [row["name"][:3] for row in results]  # the best first
-    for row in results:
-        assert f"{row['name'][:3]} finished {row['model.net.l1_chan']} {row['model.optimizer.nesterov']}" in text
-        assert f"python main.py fit --config logs/sweeps/tiny/configs/{row['name']}.yaml" in text
-        for key in ("val/acc", "val/loss", "test/acc", "test/loss"):
-            assert f" {float(row[key]):.4f} " in text
-    four, eight = (
-        sum(float(row["val/acc"]) for row in results if row["model.net.l1_chan"] == c) / 2 for c in ("4", "8")
+    assert (
+        "4 of 4 runs are finished. The metric is val/acc; higher is better." in text and "Means and plots" not in text
     )
-    assert f"l1_chan 4: {four:.4f} (2) 8: {eight:.4f} (2)" in text
-    assert page.read_text().partition("<h1>")[2].count("data:image/png;base64,") == 2
-    assert not re.search(r'(?:src|href)="(?!data:)', page.read_text().partition("<h1>")[2])
+    assert "002-l1_chan=8-nesterov=false reached val/acc 0.9600 with l1_chan 8 , nesterov false ." in text
+    assert "val/acc val/loss test/loss test/acc epochs seconds 0.9600 0.2400 0.3400 0.9500 3 7 " in text
+    assert "the best checkpoint, checkpoints/epoch01.ckpt ." in text
+    assert re.findall(r"(\d{3}) finished", text) == [name[:3] for name in results]  # the best first
+    for name, metrics in results.items():
+        labels = " ".join(re.findall("=([^-]*)", name))
+        numbers = " ".join(f"{metrics[key]:.4f}" for key in ("val/acc", "val/loss", "test/loss", "test/acc"))
+        command = f"python main.py fit --config logs/sweeps/tiny/configs/{name}.yaml"
+        assert f"{name[:3]} finished {labels} {numbers} 3 7 {command}" in text
+    assert "l1_chan 4: 0.9200 (2) 8: 0.9500 (2) nesterov false: 0.9350 (2) true: 0.9350 (2)" in text
+    assert "Together they explain 69 %" in text  # of 4.6, as squared deviations; l1_chan: 3.2
+    assert "Sign of overfitting: since step 9, val/loss rose by 1.0000 while train/loss fell by 0.2051." in text
+    assert "val/loss is 3.0000 at the end and 2.0000 at its lowest" in text
+    body = page.read_text().partition("<h1>")[2]
+    assert body.count("data:image/png;base64,") == 2
+    assert not re.search(r'(?:src|href)="(?!data:)', body)  # nothing from the network
+    assert len(re.findall('class="plotly-graph-div"', body)) == 4  # losses, settings, coordinates, all curves
 
 
-def test_a_browser_draws_the_page_and_sorts_its_table(tiny, browser):
-    browser.get((tiny[0] / "logs/sweeps/tiny/report.html").as_uri())
-    results = {row["name"][:3]: row for row in rows(tiny[0] / "logs/sweeps/tiny")}
-
-    def order():
-        return [row.text for row in browser.find_elements("css selector", "#runs tbody td:first-child")]
-
-    (head,) = (head for head in browser.find_elements("css selector", "#runs th") if head.text == "val/acc")
-    for sign in (1, -1):
-        head.click()
-        assert order() == sorted(order(), key=lambda run: sign * float(results[run]["val/acc"]))
-    assert sorted(order()) == sorted(results)
-    plots = browser.find_elements("css selector", ".plotly-graph-div")
-    assert len(plots) == 4  # the best run, importance, coordinates, all curves
-    assert all(plot.find_elements("css selector", "svg.main-svg") for plot in plots)
-    assert ["nesterov" in plot.text for plot in plots] == [False, True, True, False]
-    pictures = browser.find_elements("css selector", "img")
-    assert [picture.get_property("naturalWidth") > 500 for picture in pictures] == [True, True]
+def test_a_sweep_with_failed_runs_says_what_is_missing():
+    Path(SWEEP).mkdir(parents=True)
+    (SWEEP / "sweep.yaml").write_text("{metric: loss, mode: min, program: 'my.foreign:main'}")
+    points = [(fault, overlay) for fault in ("exit", None, "x<b>") for overlay in (None, "configs/slow.yaml")]
+    for i, (fault, overlay) in enumerate(points):
+        swept = {"model.init_args.fault": fault, "config": overlay}
+        failed = fault == "exit"
+        write_run(f"{i:03d}-f={i}", swept, None if failed else {"loss": 9.0 - i}, "<exit> at step 1" if failed else "")
+    text = text_of(report(SWEEP))
+    assert "4 of 6 runs are finished, 2 failed. The metric is loss; lower is better." in text
+    assert "Means and plots show only the 4 finished runs with loss." in text
+    assert "005-f=5 reached loss 4.0000 with fault x-b- , config slow ." in text
+    assert "python my/foreign.py fit --config logs/sweeps/tiny/configs/005-f=5.yaml" in text
+    assert "fault exit: (0) null: 6.5000 (2) x-b-: 4.5000 (2) config null: 6.0000 (2) slow: 5.0000 (2)" in text
+    assert "000 failed <exit> at step 1 logs/sweeps/tiny/000-f=0/output.log" in text
+    assert "Which setting matters" in text and "Together" not in text
 
 
-def test_a_sweep_with_failed_runs_says_what_is_missing(foreign):
-    Path("slow.yaml").write_text("model: {lr: 0.001}\n")
-    axes = grid(model__fault=["exit", None, "x<b>"], config=[None, "slow.yaml"], model__bias=[False, True])
-    assert sweep.main([*LOSS, "--name=tiny", "--base=[]", axes, "--max_failures=9"]) == 1
-    text = text_of(Path("logs/sweeps/tiny/report.html"))
-    assert "8 of 12 runs are finished, 4 failed. Compared by loss (less is better)" in text
-    assert "Not in the plots: 4 of 12 runs, failed." in text
-    assert "000-fault=exit-config=null-bias=false failed this fault was asked for" in text
-    assert "fault exit: (0) null:" in text and "config null: " in text and "slow: " in text
-    best = min((row for row in rows() if row["loss"]), key=lambda row: float(row["loss"]))
-    assert f"{best['name']} reached loss {float(best['loss']):.4f}" in text
-    assert '<b>"' not in text and "Which setting matters" in text
+def test_a_sweep_that_has_not_begun():
+    for name, swept in zip(NAMES, GRID):
+        write_run(name, swept)
+    text = text_of(report(SWEEP))
+    assert "0 of 4 runs are finished, 4 pending." in text and "000 pending 4 false" in text
+    assert "Best run" not in text and "Mean" not in text
 
 
-def test_a_sweep_that_has_not_begun_gets_an_honest_page(foreign):
-    assert sweep.main([*LOSS, "--name=tiny", "--base=[]", grid(model__lr=[0.1, 0.2]), "--dry_run"]) == 0
-    text = text_of(report.report(Path("logs/sweeps/tiny")))
-    assert "0 of 2 runs are finished, 2 pending" in text and "000 pending 0.1" in text
-    assert "The best run" not in text and "Mean" not in text
+def test_missing_events_and_metrics_are_reported():
+    best, *others = write_tiny()
+    for file in (SWEEP / best).glob("events.*"):
+        file.write_bytes(file.read_bytes()[:20])  # as a killed run leaves it
+    (SWEEP / others[1] / "metrics.json").write_text('{"val/loss": 1.0}')
+    text = text_of(report(SWEEP))
+    assert "Means and plots show only the 3 finished runs with val/acc." in text
+    assert "1 of 3 finished runs have no val/loss in their TensorBoard events." in text
+    assert f"{best} reached val/acc 0.9600" in text and "verfitting" not in text
+    assert "Which setting matters" in text and "Together" not in text  # shares of an incomplete grid don't add up
+    assert re.findall(r"(\d{3}) finished", text)[-1] == others[1][:3]
 
 
-def test_what_is_damaged_is_missing_and_said(tiny, tmp_path):
-    root = tmp_path / "tiny"
-    shutil.copytree(tiny[0] / "logs/sweeps/tiny", root)
-    best, *others = sorted(rows(root), key=lambda row: -float(row["val/acc"]))
-    for event_file in (root / best["name"]).glob("events.*"):  # cut off within the first record
-        event_file.write_bytes(event_file.read_bytes()[:20])
-    metrics = json.loads((root / others[1]["name"] / "metrics.json").read_text())
-    (root / others[1]["name"] / "metrics.json").write_text(json.dumps({"val/loss": metrics["val/loss"]}))
-    (root / others[2]["name"] / "metrics.json").write_text("{")
-    text = text_of(report.report(root))
-    assert "2 of 4 runs are finished, 1 finished without val/acc, 1 " in text
-    assert "Without val/loss in TensorBoard's event files: 1 of 2 finished runs." in text
-    assert f"{best['name']} reached val/acc {float(best['val/acc']):.4f}" in text
+@pytest.mark.parametrize("count", [1, 2])
+def test_equal_runs_show_no_influence(count):
+    for name, swept in list(zip(NAMES, GRID))[:count]:
+        write_run(name, swept, {"val/acc": 0.5}, events=False)
+    text = text_of(report(SWEEP))
+    assert "Too few finished runs differ in a setting and in val/acc to show which setting matters." in text
+    assert f"l1_chan 4: 0.5000 ({count})" in text and "Parallel" not in text
 
 
-def test_a_metric_that_no_run_has_is_a_mistake(tiny):
-    with pytest.raises(sweep.Mistake, match=r"no run reports a metric val/ac \(did you mean val/acc\?\)"):
-        report.report(tiny[0] / "logs/sweeps/tiny", metric="val/ac")
+def test_a_resumed_run_is_one_curve():
+    write_run(NAMES[0], GRID[0], {"val/acc": 0.5}, events=False)
+    write_events(SWEEP / NAMES[0], [4.0, 2.0])
+    write_events(SWEEP / NAMES[0] / "version_1", [1.0, 3.0], first_step=10)
+    assert "since step 14, val/loss rose by 2.0000" in text_of(report(SWEEP))
 
 
-def test_without_the_extra_the_sweep_ends_well_and_says_what_to_install(foreign):
-    Path("optuna.py").write_text("raise ModuleNotFoundError('No module named optuna', name='optuna')\n")
-    done = in_new_process(*LOSS, "--name=tiny", "--base=[]", grid(model__lr=[0.1]))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "no report.html, since optuna is missing: pip install '.[report]'"
-    assert not Path("logs/sweeps/tiny/report.html").exists()
+def test_another_metric_and_mode():
+    results = write_tiny()
+    worst = list(results)[-1]
+    assert f"{worst} reached test/acc {results[worst]['test/acc']:.4f}" in text_of(report(SWEEP, "test/acc", "min"))
+    with pytest.raises(
+        UserError, match="no run has the metric f1; known: val/loss, val/acc, test/loss, test/acc, epochs"
+    ):
+        report(SWEEP, metric="f1")
+    with pytest.raises(UserError, match=r"no run has the metric val/ac \(did you mean val/acc\?\)"):
+        report(SWEEP, metric="val/ac")
 
 
 @pytest.mark.parametrize(
-    "args, told",
+    "args, message",
     [
-        (["nix"], "nix is no sweep's folder: it has no configs/*.yaml"),
-        (["nix", "--mode=x"], "mode: expected Literal['max', 'min'] or null, got x"),
-        (["nix", "--metrik=x"], "unknown setting metrik (did you mean metric?)"),
+        (["nix"], "nix is not the folder of a sweep: it has no configs/*.yaml"),
+        (["nix", "--mode=best"], "mode: expected Literal['max', 'min'], got 'best'"),
+        (["nix", "--metrik=x"], "unknown key metrik (did you mean metric?)"),
         ([], "the following arguments are required: folder"),
+        (
+            [str(SWEEP)],
+            "[Errno 21] Is a directory: 'logs/sweeps/tiny/.report.html.PID' -> 'logs/sweeps/tiny/report.html'",
+        ),
     ],
     ids=str,
 )
-def test_a_mistake_gets_a_line(args, told, folder):
-    done = subprocess.run([sys.executable, str(REPO / "report.py"), *args], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == f"error: {told}\n"
+def test_a_mistake_is_reported_in_one_line(args, message, monkeypatch, capfd):
+    write_run(NAMES[0], GRID[0])
+    os.mkdir(SWEEP / "report.html")
+    monkeypatch.setattr(sys, "argv", ["report.py", *args])
+    with pytest.warns(RuntimeWarning, match="found in sys.modules"), pytest.raises(SystemExit) as ended:
+        runpy.run_module("mnist_cnn.sweeps.report", run_name="__main__")
+    assert ended.value.code in (1, 2)
+    assert capfd.readouterr().err.replace(str(os.getpid()), "PID") == f"error: {message}\n"
 
 
-def test_a_page_that_cannot_be_written_gets_a_line(tiny, folder):
-    shutil.copytree(tiny[0] / "logs/sweeps/tiny", "tiny")
-    os.remove("tiny/report.html")
-    os.mkdir("tiny/report.html")
-    done = subprocess.run([sys.executable, str(REPO / "report.py"), "tiny"], capture_output=True, text=True)
-    assert done.returncode == 1 and re.fullmatch("error: .*tiny/report.html.*\n", done.stderr), done.stderr
+def test_a_missing_package_is_reported_with_its_remedy():
+    Path("optuna.py").write_text("raise ModuleNotFoundError('No module named optuna', name='optuna')\n")
+    command = [sys.executable, "-m", "mnist_cnn.sweeps.report", str(SWEEP)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: optuna is missing: pip install '.[report]'\n")
 
 
-def test_correlation_is_pearsons():
-    assert report.correlation([1, 2, 3], [2.0, 4.0, 6.0]) == pytest.approx(1)
-    assert report.correlation([False, True, False, True], [0.4, 0.2, 0.4, 0.2]) == pytest.approx(-1)
-    assert str(report.correlation(["a", "b"], [1.0, 2.0])) == str(report.correlation([1, 1], [1.0, 2.0])) == "nan"
+def test_direction_is_the_sign_of_the_correlation():
+    assert direction([1, 2, 3], [2.0, 4.0, 6.0]) == "higher"
+    assert direction([False, True, False, True], [0.4, 0.2, 0.4, 0.2]) == "lower"
+    assert direction(["a", "b"], [1.0, 2.0]) == direction([None, 1], [1.0, 2.0]) == "categorical"
 
 
-def test_explained_variance_adds_up_where_settings_act_apart():
+def test_explained_variance_adds_up_if_settings_do_not_interact():
     width, depth = [1, 1, 2, 2], [1, 2, 1, 2]
     metrics = [10.0 * a + b for a, b in zip(width, depth)]
     groups = [[[m for m, v in zip(metrics, values) if v == label] for label in (1, 2)] for values in (width, depth)]
-    assert [report.explained(group) for group in groups] == pytest.approx([100 / 101, 1 / 101])
-    assert report.explained([[metric] for metric in metrics]) == pytest.approx(1)
+    assert [explained(*group, []) for group in groups] == pytest.approx([100 / 101, 1 / 101])
+    assert explained(*([metric] for metric in metrics)) == pytest.approx(1)
 
 
-def test_losses_are_compared_epoch_by_epoch_up_to_the_last():
+def test_losses_are_compared_epoch_by_epoch_without_the_final_evaluation():
     train = [(0, 4.0), (1, 2.0), (2, 1.0), (3, 1.0)]
-    val = [(1, 3.0), (3, 3.5), (4, 3.0), (4, 3.0)]  # the last two: the best checkpoint's once more
-    shown = report.losses_of({"train/loss": train, "val/loss": val, "val/acc": val, "test/loss": [(4, 3.0)]})
-    assert shown == {"train/loss": [(1, 3.0), (3, 1.0)], "val/loss": val[:2]}
-    shown = report.losses_of({"train/loss": train[:1], "val/loss": val, "test/loss": [(4, 3.0), (4, 3.0)]})
-    assert shown == {"val/loss": val[:2]} and report.overfit(shown) == ""
-    assert report.without_best([(9, 1.0), (19, 1.0), (29, 1.0)]) == [(9, 1.0), (19, 1.0), (29, 1.0)]  # a plateau
+    val = [(1, 3.0), (3, 3.5), (4, 3.0), (4, 3.0)]  # the last two are evaluations of the best checkpoint
+    shown = losses_of({"train/loss": train, "val/loss": val, "val/acc": val, "test/loss": [(4, 3.0)]})
+    assert list(shown.items()) == [("train/loss", [(1, 3.0), (3, 1.0)]), ("val/loss", val[:2])]
+    assert losses_of({"train/loss": train[:1], "val/loss": val, "test/loss": [(4, 3.0), (4, 3.0)]}) == {
+        "val/loss": val[:2]
+    }
+    assert without_evaluation([(9, 1.0), (19, 1.0), (29, 1.0)]) == [(9, 1.0), (19, 1.0), (29, 1.0)]  # a plateau
 
 
 @pytest.mark.parametrize(
-    ("train", "val", "said"),
+    ("train", "val", "verdict"),
     [
-        ([4.0, 2.0, 1.0], [4.0, 2.0, 3.0], "at step 1, it has changed by +50%, and train/loss by -50%: a sign of"),
-        ([4.0, 1.0, 2.0], [4.0, 2.0, 3.0], "at step 1, it has changed by +50%, and train/loss by +100%: no sign of"),
-        ([4.0, 2.0, 1.0], [4.0, 3.0, 2.0], "at step 2, it has changed by +0%, and train/loss by +0%: no sign of"),
+        (
+            [4.0, 2.0, 1.0],
+            [4.0, 2.0, 3.0],
+            "Sign of overfitting: since step 1, val/loss rose by 1.0000 while train/loss ",
+        ),
+        (
+            [4.0, 1.0, 2.0],
+            [4.0, 2.0, 3.0],
+            "No sign of overfitting: train/loss did not fall since step 1, where val/loss",
+        ),
+        ([4.0, 2.0, 1.0], [4.0, 3.0, 2.0], "No sign of overfitting: val/loss fell to the end."),
     ],
 )
-def test_overfitting_is_said(train, val, said):
-    losses = {"train/loss": list(enumerate(train)), "val/loss": list(enumerate(val))}
-    assert said in report.overfit(losses)
-    assert report.overfit({"val/loss": losses["val/loss"]}) == ""
+def test_overfitting(train, val, verdict):
+    assert overfitting(("train/loss", [*enumerate(train)]), ("val/loss", [*enumerate(val)])).startswith(verdict)

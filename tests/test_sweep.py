@@ -1,158 +1,140 @@
-"""sweep.py, on real MNIST limited to a few batches and on a program that it doesn't know."""
+"""sweep.py, on real MNIST limited to a few batches and on a program that shares nothing with mnist_cnn."""
 
-import contextlib
+import functools
 import itertools
 import json
-import multiprocessing.forkserver
 import os
-import re
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import duckdb
 import pytest
 import yaml
-from conftest import BASE, REPO, SHORT, metrics_of, wait_for
-from sweeps import GRID, LOSS, NAMES, QUIET, grid, in_new_process, less_times, parts_of, rows, settings, start
+from conftest import BASE, REPO, metrics_of
+from sweeps import FOREIGN, NAMES, SWEEP, error_of, grid, in_new_process, less_times, rows, settings, statuses, trained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sweep
 from main import main
+from mnist_cnn.sweeps.grid import complete_configs, labels, parse, run_names, short_names
 
-
-def error(capfd, *args: str) -> str:
-    """The one line with which a sweep ends that can't begin."""
-    capfd.readouterr()
-    assert sweep.main(list(args)) == 1
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
-
-
-# A sweep from its beginning to its end.
+# A sweep of four runs from its beginning to its end ------------------------------------------------------------------
 
 
 def test_results_have_a_row_for_each_run_with_its_metrics(tiny):
-    results = rows(tiny[0] / "logs/sweeps/tiny")
+    results = rows(tiny[0] / SWEEP)
     assert [row["name"] for row in results] == NAMES
     assert {row["status"] for row in results} == {"finished"}
     swept = list(itertools.product(["4", "8"], ["false", "true"]))
     assert [(row["model.net.l1_chan"], row["model.optimizer.nesterov"]) for row in results] == swept
     for row in results:
-        metrics = json.loads((tiny[0] / "logs/sweeps/tiny" / row["name"] / "metrics.json").read_text())
+        metrics = json.loads((tiny[0] / SWEEP / row["name"] / "metrics.json").read_text())
         del metrics["best_checkpoint"]
         assert {key: float(row[key]) for key in metrics} == metrics
     assert len({row["val/loss"] for row in results}) == 4
 
 
 def test_duckdb_gives_results_their_types(tiny):
-    table = duckdb.read_csv(str(tiny[0] / "logs/sweeps/tiny/results.csv"))
+    table = duckdb.read_csv(str(tiny[0] / SWEEP / "results.csv"))
     kinds = dict(zip(table.columns, map(str, table.types)))
     assert kinds["model.net.l1_chan"] == kinds["epochs"] == "BIGINT" and kinds["model.optimizer.nesterov"] == "BOOLEAN"
     assert kinds["val/acc"] == kinds["test/loss"] == kinds["seconds"] == "DOUBLE"
 
 
-def test_the_table_is_sorted_by_the_metric_and_the_last_line_says_where_all_is(tiny):
+def test_the_table_is_sorted_by_the_metric_and_the_last_lines_say_where_the_results_are(tiny):
     lines = tiny[1].splitlines()
     header = next(index for index, line in enumerate(lines) if line.startswith("run"))
     assert lines[header].split()[:3] == ["run", "l1_chan", "nesterov"]
-    order = sorted(rows(tiny[0] / "logs/sweeps/tiny"), key=lambda row: (-float(row["val/acc"]), row["name"]))
+    order = sorted(rows(tiny[0] / SWEEP), key=lambda row: (-float(row["val/acc"]), row["name"]))
     assert [line.split()[0] for line in lines[header + 1 : header + 5]] == [row["name"][:3] for row in order]
     assert lines[-2].startswith("4 of 4 runs are finished") and lines[-2].endswith("logs/sweeps/tiny/results.csv")
-    assert sum(line.startswith("[") for line in lines) == 4  # plain lines, since this is no terminal
+    assert lines[-1] == "report: logs/sweeps/tiny/report.html" and (tiny[0] / SWEEP / "report.html").is_file()
+    assert sum(line.startswith("[") for line in lines) == 4  # one line a run, since this is not a terminal
 
 
 def test_a_written_config_is_that_of_the_run_and_gives_the_same_numbers_alone(tiny, folder):
-    sweeps = tiny[0] / "logs/sweeps/tiny"
-    config = sweeps / "configs" / f"{NAMES[3]}.yaml"
-    assert yaml.safe_load(config.read_text()) == yaml.safe_load((sweeps / NAMES[3] / "config.yaml").read_text())
+    config, run = tiny[0] / SWEEP / "configs" / f"{NAMES[3]}.yaml", tiny[0] / SWEEP / NAMES[3]
+    assert yaml.safe_load(config.read_text()) == yaml.safe_load((run / "config.yaml").read_text())
     main(["fit", "--config", str(config), "--wandb=null", "--tensorboard=null"])
-    (run,) = Path("logs/mnist").glob("version_*")
-    assert metrics_of(run) == metrics_of(sweeps / NAMES[3])
+    assert metrics_of(Path("logs/mnist/version_0")) == metrics_of(run)
 
 
-def test_settings_typed_in_place_of_a_config_file_are_trained(folder):
-    main(["fit", *BASE, '--config={"trainer": {"max_epochs": 1}}', *SHORT[1:], "--wandb=null"])
-    assert metrics_of(Path("logs/mnist/version_0"))["epochs"] == 1
-
-
-def test_nothing_is_warned_of(tiny):
+def test_logs_have_no_warnings(tiny):
     for name in NAMES:
-        assert "warn" not in (tiny[0] / "logs/sweeps/tiny" / name / "output.log").read_text().lower()
+        assert "warn" not in (tiny[0] / SWEEP / name / "output.log").read_text().lower()
 
 
 def test_tensorboard_has_each_runs_metrics_and_what_was_swept(tiny):
     for name in NAMES:
-        (event_file,) = (tiny[0] / "logs/sweeps/tiny" / name).glob("events.*")
+        (event_file,) = (tiny[0] / SWEEP / name).glob("events.*")
         accumulator = EventAccumulator(str(event_file)).Reload()
         assert {"val/loss", "val/acc", "test/loss", "test/acc"} <= set(accumulator.Tags()["scalars"])
         content = accumulator.summary_metadata["_hparams_/session_start_info"].plugin_data.content
         assert b"l1_chan" in content and b"nesterov" in content
 
 
-def test_the_same_command_again_trains_nothing(tiny):
-    before = {path: path.stat().st_mtime_ns for path in tiny[0].glob("logs/sweeps/tiny/0*/*")}
-    results = less_times(tiny[0] / "logs/sweeps/tiny/results.csv")
-    done = in_new_process("--config=tiny.yaml", cwd=tiny[0])
-    assert done.returncode == 0 and "4 of 4 runs are finished" in done.stdout
-    assert {path: path.stat().st_mtime_ns for path in tiny[0].glob("logs/sweeps/tiny/0*/*")} == before
-    assert less_times(tiny[0] / "logs/sweeps/tiny/results.csv") == results
+def test_wandb_groups_the_runs_under_their_names(tiny):
+    logs = [file.read_bytes() for file in (tiny[0] / "logs/wandb").glob("offline-run-*/run-*.wandb")]
+    assert len(logs) == 4
+    for name in NAMES:
+        assert sum(name.encode() in log and b"tiny" in log for log in logs) == 1
 
 
-def test_a_damaged_run_starts_over(tiny, tmp_path, monkeypatch):
+def test_the_same_command_again_only_repeats_unfinished_runs(tiny, tmp_path, monkeypatch):
     shutil.copytree(tiny[0], tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
-    sweeps = Path("logs/sweeps/tiny")
-    before = less_times(sweeps / "results.csv")
-    metrics = sweeps / NAMES[0] / "metrics.json"
-    metrics.write_text(metrics.read_text()[:50])
-    config = sweeps / NAMES[1] / "config.yaml"
-    config.write_text(config.read_text().replace("max_epochs: 2", "max_epochs: 1"))
-    (sweeps / "configs" / f"{NAMES[2]}.yaml").write_text("trainer: [")
-    kept = {name: (sweeps / name / "metrics.json").stat().st_mtime_ns for name in NAMES}
+    before = less_times(SWEEP / "results.csv")
+    (SWEEP / NAMES[1] / "metrics.json").unlink()  # as kill -9 leaves it
+    kept = {path: path.stat().st_mtime_ns for path in SWEEP.glob("0*/*") if path.parent.name != NAMES[1]}
     assert sweep.main(["--config=tiny.yaml"]) == 0
-    assert less_times(sweeps / "results.csv") == before
-    again = [name for name in NAMES if (sweeps / name / "metrics.json").stat().st_mtime_ns != kept[name]]
-    assert again == NAMES[:2]
+    assert less_times(SWEEP / "results.csv") == before
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-# From a grid to configs.
+def test_a_folder_of_configs_is_run(tiny, folder):
+    shutil.copytree(tiny[0] / SWEEP / "configs", "mine")
+    for name in NAMES[:3]:
+        os.remove(f"mine/{name}.yaml")
+    Path("mine/own.yaml").write_text("# no sweep\n" + Path(f"mine/{NAMES[3]}.yaml").read_text().partition("\n")[2])
+    assert sweep.main(["--config_dir=mine", '--fixed={"wandb": null, "tensorboard": null}']) == 0
+    there = {row["name"]: row for row in rows(tiny[0] / SWEEP)}
+    swept, own = rows(Path("logs/sweeps/mine"))
+    assert (swept["name"], own["name"]) == (NAMES[3], "own")
+    assert (swept["model.optimizer.nesterov"], own["model.optimizer.nesterov"]) == ("true", "")
+    assert swept["val/loss"] == own["val/loss"] == there[NAMES[3]]["val/loss"]
+
+
+# From a grid to configs -----------------------------------------------------------------------------------------------
 
 
 def test_keys_get_their_last_words_for_a_name():
     keys = ["model.net.init_args.width", "data.init_args.width", "model.optimizer.lr", "model.net.class_path"]
-    assert list(sweep.short_names(keys).values()) == ["net.width", "data.width", "lr", "net"]
+    assert list(short_names(keys).values()) == ["net.width", "data.width", "lr", "net"]
 
 
-def test_values_get_short_names_that_tell_them_apart():
+def test_values_get_short_names_that_distinguish_them():
     values = [4, 0.1, -1, 1e-05, True, None, "a b/c", "torch.optim.Adam", [1, 2], "-x-", "4"]
     shown = ["4", "0.1", "-1", "1e-05", "true", "null", "a-b-c", "Adam", "1-2", "x"]
-    assert sweep.labels("key", values)[:-1] == shown
-    assert sweep.labels("key", values)[-1].startswith("4~")
-    assert sweep.labels("key", values[:3]) == shown[:3]
-    assert sweep.labels("config", [None, "a/b.yaml", ["c/d.yaml", "e.v2.yaml"]]) == ["null", "b", "d+e.v2"]
+    assert labels("key", values)[:-1] == shown
+    assert labels("key", values)[-1].startswith("4~")
+    assert labels("key", values[:3]) == shown[:3]
+    assert labels("config", [None, "a/b.yaml", ["c/d.yaml", "e.v2.yaml"]]) == ["null", "b", "d+e.v2"]
     alike = [{"class_path": "x.Adam"}, {"class_path": "y.Adam"}, "1", 1, "\u00e9", "\u00e8", "x" * 300, "x" * 301]
-    names = sweep.run_names(Path(), {"model.key": alike}, [(index,) for index in range(len(alike))])
+    names = run_names([], {"model.key": alike}, [(index,) for index in range(len(alike))])
     assert [name[:8] for name in names] == [f"00{index}-key=" for index in range(len(alike))]
     assert len({name[4:] for name in names}) == len(alike)
     assert all(name.isascii() and len(name) < 200 for name in names)
 
 
 AXES = {
-    "independent": {"model.net.l1_chan": [4, 8], "trainer.max_epochs": [1, 2, 3], "data.batch_size": [32, 64]},
-    "class and argument": {"model.net": ["CNN", "torch.nn.Flatten"], "model.optimizer.lr": [0.1, 0.2]},
-    "argument of every class": {"model.optimizer": ["SGD", "Adam"], "model.optimizer.lr": [0.1, 0.2, 0.3]},
+    "independent": {"model.net": ["CNN", "torch.nn.Flatten"], "model.optimizer.lr": [0.1, 0.2]},
+    "argument of every class": {"model.optimizer": ["SGD", "Adam"], "model.optimizer.lr": [0.1, 0.2]},
     "overlay and its keys": {"config": [None, "over.yaml"], "trainer.max_epochs": [1, 2], "data.batch_size": [32, 64]},
     "any value": {
-        "trainer.limit_train_batches": [1, 2.0, 0.5, None],
-        "tensorboard": [None, {"class_path": "RunFolderTensorBoard", "init_args": {"max_queue": 5}}],
-        "trainer.callbacks": [None, [{"class_path": "Timer"}]],
-        "evaluate_best": [True, False],
+        "trainer.limit_train_batches": [1, 1.0, None],
+        "trainer.callbacks": [None, [{"class_path": "DeviceStatsMonitor"}]],
+        "early_stopping": [None, {"class_path": "EarlyStopping", "init_args": {"monitor": "val/acc"}}],
     },
 }
 
@@ -160,240 +142,189 @@ AXES = {
 @pytest.mark.parametrize("axes", AXES.values(), ids=AXES.keys())
 def test_combined_configs_are_what_the_parser_makes_of_each_combination(axes, folder):
     Path("over.yaml").write_text("trainer: {max_epochs: 7, limit_val_batches: 3}\nmodel: {init_args: {net: CNN}}\n")
-    made = sweep.Grid("main:main", ["fit", *BASE], ["--seed_everything=true"], axes)
-    for point in itertools.product(*(range(len(values)) for values in axes.values())):
-        assert repr(sorted(made.config(point).items())) == repr(sorted(made._parse(point).items()))
-    assert made.config(point)["seed_everything",] == 0
+    swept = {"program": "main:main", "base": [BASE[1]], "fixed": {"trainer.min_epochs": 1}, "grid": axes}
+    points = list(itertools.product(*(range(len(values)) for values in axes.values())))
+    sizes, parse_once = [len(values) for values in axes.values()], functools.cache(functools.partial(parse, swept))
+    for point, config in zip(points, complete_configs(parse_once, sizes, points)):
+        assert repr(sorted(config.items())) == repr(sorted(parse_once(point).items()))
 
 
-def test_each_value_of_an_independent_axis_is_parsed_once(folder, monkeypatch):
-    parse, parsed = sweep.Grid._parse, []
-    monkeypatch.setattr(sweep.Grid, "_parse", lambda grid, point: parsed.append(point) or parse(grid, point))
-    made = sweep.Grid("main:main", ["fit", *BASE], [], AXES["independent"])
-    for point in itertools.product(range(2), range(3), range(2)):
-        made.config(point)
-    assert parsed[:6] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 2, 0), (0, 0, 1), (1, 2, 1)]
-    assert len(parsed) == 9  # three more points, for a comparison
+def test_each_value_of_an_independent_axis_is_parsed_once():
+    parsed = []
+
+    def parse(point):
+        parsed.append(point)
+        return {("a",): point[0], ("b", "c"): point[1], ("d",): point[2]}
+
+    points = list(itertools.product(range(2), range(3), range(50)))
+    assert complete_configs(parse, [2, 3, 50], points) == [parse(point) for point in points]
+    alone = [(1, 0, 0), (0, 1, 0), (0, 2, 0), *((0, 0, index) for index in range(1, 50))]
+    assert parsed[:53] == [(0, 0, 0), *alone] and 54 < len(parsed) - len(points) <= 57  # and up to four for comparison
 
 
-def test_whole_numbers_stay_whole(folder):
-    # 1 batch and 1.0, all of them, are different; which one the parser takes depended on what had been imported.
-    done = in_new_process(*settings(folder, grid={"trainer.limit_predict_batches": [1, 2, 1.0]}), "--dry_run")
-    assert done.returncode == 0, done.stderr
-    configs = [yaml.safe_load(path.read_text()) for path in sorted(Path("logs/sweeps/tiny/configs").iterdir())]
-    assert [repr(config["trainer"]["limit_predict_batches"]) for config in configs] == ["1", "2", "1.0"]
-    assert [repr(config["trainer"]["limit_train_batches"]) for config in configs] == ["20"] * 3
+def test_axes_that_act_on_each_other_are_parsed_in_all_combinations():
+    points = list(itertools.product(range(2), range(2), range(2)))
+    hidden = {point: {("a",): int(all(point))} for point in points}  # changes with all three only
+    assert complete_configs(hidden.__getitem__, [2, 2, 2], points) == list(hidden.values())
+    nested = {point: {("a",): {}} if point[0] else {("a", "b"): point[1]} for point in points}
+    assert complete_configs(nested.__getitem__, [2, 2, 2], points) == list(nested.values())
 
 
-def test_a_dry_run_writes_configs_prints_the_runs_and_trains_nothing(folder, capfd):
-    assert sweep.main([*settings(folder), "--dry_run"]) == 0
-    printed = capfd.readouterr().out.splitlines()
-    assert [line.split() for line in printed[:3]] == [
-        ["run", "l1_chan", "nesterov"],
-        ["000", "4", "false"],
-        ["001", "4", "true"],
-    ]
-    assert sorted(os.listdir("logs/sweeps/tiny")) == [".locks", "configs", "sweep.yaml"]
-    assert sorted(os.listdir("logs/sweeps/tiny/configs")) == [f"{name}.yaml" for name in NAMES]
-
-
-def test_the_original_grid_has_64_runs_and_is_no_part_of_another(folder):
+def test_a_new_process_checks_the_grid_of_64_and_keeps_whole_numbers_whole(folder):
+    # 1 batch and 1.0, all of them, differ; which of them the parser makes once depended on what had been imported.
     shutil.copytree(REPO / "configs", "configs")
-    own = ["--base=configs/base.yaml", grid(model__optimizer__lr=[0.1]), "--name=own", "--dry_run"]
-    assert sweep.main(own) == 0
-    assert os.listdir("logs/sweeps/own/configs") == ["000-lr=0.1.yaml"]
-    assert sweep.main(["--dry_run"]) == 0
+    done = in_new_process("--dry_run", "--fixed.trainer.limit_train_batches=1", "--fixed.trainer.limit_val_batches=1.0")
+    assert done.returncode == 0, done.stderr
     names = sorted(os.listdir("logs/sweeps/mnist/configs"))
     assert len(names) == 64
     assert names[17] == "017-l1_chan=4-l2_chan=16-l3_chan=16-lr=0.02-momentum=0.8-nesterov=true.yaml"
+    for name in names:
+        trainer = yaml.safe_load(Path("logs/sweeps/mnist/configs", name).read_text())["trainer"]
+        assert [repr(trainer[f"limit_{stage}_batches"]) for stage in ("train", "val")] == ["1", "1.0"]
 
 
-def test_an_extended_grid_goes_on_with_its_numbers(folder, capfd):
-    assert sweep.main([*settings(folder), "--dry_run", "--limit=3"]) == 0
-    assert len(os.listdir("logs/sweeps/tiny/configs")) == 3
-    before = {path: path.read_text() for path in Path("logs/sweeps/tiny/configs").iterdir()}
-    extended = {"model.net.l1_chan": [2, 4, 8], "model.optimizer.nesterov": [False, True]}
-    assert sweep.main([*settings(folder, grid=extended), "--dry_run", f"--limit={10**30}"]) == 0
-    assert {path: path.read_text() for path in before} == before
-    new = sorted(os.listdir("logs/sweeps/tiny/configs"))[3:]
-    assert new == [
-        f"00{3 + i}-l1_chan={c}-nesterov={n}.yaml" for i, (c, n) in enumerate([(2, "false"), (2, "true"), (8, "true")])
+def test_a_dry_run_writes_configs_prints_the_runs_and_trains_nothing(foreign, capfd):
+    args = [*FOREIGN, "--grid.model.lr=[0.1, 0.2]", "--grid.model.bias=[false, true]", "--dry_run"]
+    stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "loss"}}
+    assert sweep.main([*args, f"--fixed.trainer.callbacks={json.dumps([stopping])}"]) == 0
+    printed = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert printed[1:5] == [
+        ["run", "lr", "bias"],
+        ["000", "0.1", "false"],
+        ["001", "0.1", "true"],
+        ["002", "0.2", "false"],
     ]
-    told = error(capfd, *settings(folder), "--dry_run")
-    assert "model.net.l1_chan: [2, 4, 8], now it is [4, 8]: give the sweep another name, or delete its folder" in told
+    assert sorted(os.listdir(SWEEP)) == [".locks", "configs", "sweep.yaml"]
+    assert sorted(os.listdir(SWEEP / "configs"))[::3] == ["000-lr=0.1-bias=false.yaml", "003-lr=0.2-bias=true.yaml"]
+    assert yaml.safe_load((SWEEP / "sweep.yaml").read_text())["grid"] == {
+        "model.lr": [0.1, 0.2],
+        "model.bias": [False, True],
+    }
 
 
-@pytest.mark.parametrize(
-    "change, told",
-    [
-        (
-            {"grid": {"model.net.l1_chan": [4], **{k: v for k, v in GRID.items() if "nest" in k}}},
-            "l1_chan: [4, 8], now",
-        ),
-        (
-            {"grid": {**GRID, "data.batch_size": [32, 64]}},
-            "nesterov'], now it is ['model.net.l1_chan', 'model.optimizer.nesterov', 'data.batch_size']",
-        ),
-        (
-            {"grid": {k: v for k, v in GRID.items() if "nest" in k}},
-            "the axes: ['model.net.l1_chan', 'model.optimizer.nesterov'], now it is ['model.optimizer.nesterov']",
-        ),
-        ({"grid": dict(reversed(GRID.items()))}, "now it is ['model.optimizer.nesterov', 'model.net.l1_chan']"),
-        ({"program": "other:main"}, "the program: ['main:main'], now it is ['other:main']"),
-        ({"fixed": {**QUIET, "trainer.max_epochs": 5}}, "trainer.max_epochs: 2, now it is 5"),
-        ({"base": [str(REPO / "configs/base.yaml"), "over.yaml"]}, "seed_everything: 138, now it is 7"),
-    ],
-    ids=["fewer values", "another axis", "an axis less", "another order", "program", "fixed", "base"],
-)
-def test_another_sweep_in_the_same_folder_is_refused(change, told, folder, capfd):
+def test_an_extended_grid_keeps_the_numbers_of_its_runs(foreign, capfd):
+    assert sweep.main([*FOREIGN, grid(model__lr=[0.1, 0.2], model__bias=[False, True]), "--dry_run", "--limit=3"]) == 0
+    before = {path: path.read_text() for path in (SWEEP / "configs").iterdir()}
+    assert len(before) == 3
+    assert sweep.main([*FOREIGN, grid(model__lr=[0.05, 0.1, 0.2], model__bias=[False, True]), "--dry_run"]) == 0
+    assert {path: path.read_text() for path in before} == before
+    new = [name[:16] for name in sorted(os.listdir(SWEEP / "configs"))[3:]]
+    assert new == ["003-lr=0.05-bias", "004-lr=0.05-bias", "005-lr=0.2-bias="]
+    line = error_of(capfd, *FOREIGN, grid(model__lr=[0.1, 0.2], model__bias=[False, True]), "--dry_run")
+    assert "model.lr: [0.05, 0.1, 0.2], now it is [0.1, 0.2]: give the sweep another name, or delete" in line
+
+
+TWO = {"model.lr": [0.1, 0.2], "model.bias": [False, True]}
+CHANGES = {
+    "fewer values": ({"grid": TWO | {"model.lr": [0.1]}}, "model.lr: [0.1, 0.2], now it is [0.1]"),
+    "another axis": (
+        {"grid": TWO | {"data.batch_size": [8]}},
+        "now it is ['model.lr', 'model.bias', 'data.batch_size']",
+    ),
+    "an axis less": ({"grid": {"model.lr": [0.1, 0.2]}}, "axes: ['model.lr', 'model.bias'], now it is ['model.lr']"),
+    "another order": ({"grid": dict(reversed(TWO.items()))}, "now it is ['model.bias', 'model.lr']"),
+    "program": ({"program": "other:main"}, "program: foreign:main, now it is other:main"),
+    "fixed": ({"fixed": {"trainer.max_epochs": 5}}, "trainer.max_epochs: 2, now it is 5"),
+    "base": ({"base": "over.yaml"}, "seed_everything: True, now it is 7"),
+}
+
+
+@pytest.mark.parametrize("change, message", CHANGES.values(), ids=CHANGES.keys())
+def test_another_sweep_in_the_same_folder_is_refused(change, message, foreign, capfd):
     Path("over.yaml").write_text("seed_everything: 7\n")
-    Path("other.py").write_text("from main import main\n")
-    assert sweep.main([*settings(folder), "--dry_run"]) == 0
+    Path("other.py").write_text("from foreign import main\n")
+    content = {"program": "foreign:main", "name": "tiny", "grid": TWO}
+    for name, sweep_settings in (("a.yaml", content), ("b.yaml", content | change)):
+        Path(name).write_text(yaml.safe_dump(sweep_settings, sort_keys=False))
+    assert sweep.main(["--config=a.yaml", "--dry_run"]) == 0
     before = {path: path.read_text() for path in Path("logs").rglob("*") if path.is_file()}
-    assert told in error(capfd, *settings(folder, **change), "--dry_run")
+    assert message in error_of(capfd, "--config=b.yaml", "--dry_run")
     assert {path: path.read_text() for path in Path("logs").rglob("*") if path.is_file()} == before
 
 
 MISTAKES = {
     "empty grid": (["--grid={}"], "the grid is empty"),
-    "empty axis": ([grid(a=[])], "a must be a list of one value or more, got []"),
-    "no list": ([grid(a=3)], "a must be a list of one value or more, got 3"),
-    "no file": ([grid(config=[{"a": 1}])], 'a value of config is a file, a list of files, or null, not {"a": 1}'),
-    "twice": ([grid(model__net__l1_chan=[4, 8, 4])], "model.net.l1_chan has 4 twice"),
-    "the same run": ([grid(model__net=["CNN", "mnist_cnn.CNN"])], "are the same run"),
+    "empty axis": ([grid(a=[])], "a must be a list of different values, got []"),
+    "no list": ([grid(a=3)], "a must be a list of different values, got 3"),
+    "twice": ([grid(model__net__l1_chan=[4, 8, 4])], "l1_chan must be a list of different values, got [4, 8, 4]"),
     "unknown key": (
         [grid(model__optimizer__lrr=[0.1])],
         "unknown key model.optimizer.lrr (did you mean lr?) (with model.optimizer.lrr=0.1)",
     ),
     "unknown key of another program": (
-        [*LOSS, "--base=[]", "--fixed={}", grid(data__batch_sise=[16])],
-        "unrecognized arguments: --data.batch_sise (did you mean data.batch_size?)"
-        " (with data.batch_sise=16, without a base)",
+        [*FOREIGN, "--base=[]", "--fixed={}", grid(data__batch_sise=[16])],
+        "unknown key data.batch_sise (did you mean data.batch_size?) (with data.batch_sise=16; base is not given)",
     ),
     "unknown fixed key of another program": (
-        [*LOSS, "--base=[]", '--fixed={"model.basi": true}', grid(model__lr=[0.1])],
-        "unrecognized arguments: --model.basi (did you mean model.bias?) (with model.lr=0.1, without a base)",
+        [*FOREIGN, "--base=[]", '--fixed={"model.basi": true}', grid(model__lr=[0.1])],
+        "unknown key model.basi (did you mean model.bias?) (with model.lr=0.1; base is not given)",
     ),
-    "wrong value": ([grid(model__optimizer__lr=[0.1, "high"])], "model.optimizer.lr: expected float, got 'high'"),
-    "in both": ([grid(trainer__max_epochs=[1, 2])], "trainer.max_epochs is both in grid and in fixed"),
+    "wrong value": ([grid(model__optimizer__lr=[0.1, "high"])], "'high' (with model.optimizer.lr=\"high\")"),
+    "in both": ([grid(trainer__max_epochs=[1, 2])], "trainer.max_epochs is in grid and in fixed"),
     "no overlay": ([grid(config=["nix.yaml"])], "nix.yaml' (with "),
     "no base": (["--base=nix.yaml"], "nix.yaml' (with "),
-    "no base at all": (["--base=[]"], "(with model.net.l1_chan=4, model.optimizer.nesterov=false, without a base)"),
-    "base fails": ([f"--base=[{REPO}/configs/base.yaml, over.yaml]"], "unknown key modle.a (did you mean model?)"),
-    "no program": (["--program=nix:main"], "program nix:main can't be imported: ModuleNotFoundError"),
-    "no function": (["--program=main:nix"], "program main:nix can't be imported: AttributeError"),
-    "broken program": (["--program=broken:main"], "program broken:main can't be imported: SyntaxError"),
-    "no CLI": (["--program=foreign:makes_none"], "returns no LightningCLI, but 3"),
-    "CLI not returned": (
-        ["--program=foreign:forgets", "--base=[]", "--fixed={}", grid(model__lr=[1])],
-        "returns no LightningCLI, but None",
+    "no base at all": (["--base=[]"], "(with model.net.l1_chan=4, model.optimizer.nesterov=false; base is not given)"),
+    "no model": (["--base=[]", "--fixed={}", grid(seed_everything=[1])], "no config file names a model (with seed_e"),
+    "base fails": ([f"--base=[{REPO}/configs/base.yaml, over.yaml]"], "unknown key modle.a"),
+    "no program": (["--program=nix:main"], "program nix:main cannot be imported: ModuleNotFoundError"),
+    "no function": (["--program=main:nix"], "program main:nix cannot be imported: AttributeError"),
+    "broken program": (["--program=broken:main"], "program broken:main cannot be imported: SyntaxError"),
+    "no CLI": (["--program=foreign:makes_none"], "program foreign:makes_none prints no config"),
+    "path": (["--name=../x"], "is not the name of a folder"),
+    "no name": (["--name="], "is not the name of a folder"),
+    "no configs": (["--config=nix.yaml"], "nix.yaml"),
+    "broken configs": (["--config=odd.yaml"], "config file odd.yaml has no settings"),
+    "setting": (["--nmae=x"], "unknown key nmae (did you mean name?)"),
+    "limit": (["--limit=0"], "limit: "),
+    "mode": (["--mode=best"], "mode: "),
+    "failures": (["--max_failures=0"], "max_failures: "),
+    "slurm's setting": (["--slurm.tme=3"], "unknown key slurm.tme (did you mean slurm.time?)"),
+    "slurm's time": (["--slurm.time=1:00:00"], "slurm.time: "),
+    "config_dir and grid": (["--config_dir=some"], "give either config_dir, or base and grid"),
+    "empty config_dir": (
+        ["--config_dir=some", "--base=[]", "--grid={}"],
+        "config_dir some has no config files (*.yaml)",
     ),
-    "path": (["--name=../x"], "can't be the name of a folder"),
-    "no name": (["--name="], "can't be the name of a folder"),
-    "long name": (["--name=" + 86 * "日"], "can't be the name of a folder"),
-    "no configs": (["--config=nix.yaml"], "File does not exist: "),
-    "setting": (["--nmae=x"], "unknown setting nmae (did you mean name?)"),
-    "lost": (["--fixed.trainer.max_epochs=1", "--fixed.trainer.min_epochs=1"], "can be given once for each KEY"),
-    "key that is no text": (["--grid={1: [1]}"], "grid and fixed take text as keys"),
-    "value that JSON hasn't": (["--grid={a: [!!binary aGk=]}"], "and values as JSON has them, not ['a', [b'hi']]"),
-    "half a class": (['--fixed={"a": {"class_path": "CNN", "init_args": 3}}'], "these settings can't be read"),
-    "limit": (["--limit=0"], "limit: expected PositiveInt or null, got 0"),
-    "mode": (["--mode=best"], "mode: expected Literal['max', 'min'], got best"),
-    "failures": (["--max_failures=0"], "max_failures: Not of type PositiveInt: 0 does not conform to restriction v>0"),
 }
 
 
-@pytest.mark.parametrize("args, told", MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_mistake_gets_a_line_and_leaves_nothing(args, told, foreign, capfd):
+@pytest.mark.parametrize("args, message", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_gets_a_line_and_leaves_nothing(args, message, foreign, capfd):
     Path("over.yaml").write_text("modle: {a: 1}\n")
+    Path("odd.yaml").write_text("[1]")
     Path("broken.py").write_text("def main(:\n")
-    assert told in error(capfd, *settings(foreign), *args)
+    os.mkdir("some")
+    assert message in error_of(capfd, *settings(foreign), *args)
     assert not Path("logs").exists()
 
 
-@pytest.mark.parametrize(
-    "changes, told",
-    [
-        ({"metric": None}, "metric: null is no value"),
-        ({"max_failures": None}, "max_failures: null is no value"),
-        ({"slurm": {"options": None}}, "slurm.options: null is no value"),
-        ({"slurm": {"tme": 3}}, "unknown setting slurm.tme (did you mean slurm.time?)"),
-        ({"slurm": {"time": "1:00:00"}}, "slurm.time: Not of type PositiveInt: "),
-        ({"slurm": [3]}, "slurm: expected its settings, got [3]"),
-        ({"slurm": None}, "slurm: expected its settings, got None"),
-        ({"slurm": b"a"}, "slurm: expected its settings, got b'a'"),
-        ({"limit": "all"}, "limit: expected PositiveInt or null, got all"),
-    ],
-    ids=str,
-)
-def test_a_mistake_in_a_sweeps_file(changes, told, folder, capfd):
-    assert error(capfd, *settings(folder, **changes)).startswith(f"error: {told}")
-    assert os.listdir() == ["tiny.yaml"]
+# From configs to runs -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", ["[1]", "", "limit: ["], ids=["list", "empty", "broken"])
-def test_a_file_that_holds_no_settings_is_named(content, folder, capfd):
-    Path("odd.yaml").write_text(content)
-    assert error(capfd, "--config=odd.yaml").endswith("(--config=odd.yaml)")
-
-
-@pytest.mark.parametrize("content", [[], ["a.txt"]], ids=["empty", "other files"])
-def test_a_folder_without_configs_is_a_mistake(content, folder, capfd):
-    os.mkdir("some")
-    for name in content:
-        Path("some", name).touch()
-    assert "some has no config files" in error(capfd, "--run_dir=some")
-    assert "run_dir takes the place of base and grid" in error(capfd, *settings(folder), "--run_dir=some")
-
-
-# From configs to runs.
-
-
-def test_a_folder_of_configs_is_run(tiny, folder):
-    shutil.copytree(tiny[0] / "logs/sweeps/tiny/configs", "mine")
-    for name in NAMES[1:3]:
-        os.remove(f"mine/{name}.yaml")
-    Path("mine/own.yaml").write_text(Path(f"mine/{NAMES[0]}.yaml").read_text().replace("l1_chan: 4", "l1_chan: 5"))
-    fixed = '--fixed={"wandb": null, "tensorboard": null}'
-    assert sweep.main(["--run_dir=mine", fixed]) == 0
-    results = rows(Path("logs/sweeps/mine"))
-    assert [row["name"] for row in results] == [NAMES[0], NAMES[3], "own"]
-    assert [row["model.optimizer.nesterov"] for row in results[:2]] == ["false", "true"]
-    there = {row["name"]: row for row in rows(tiny[0] / "logs/sweeps/tiny")}
-    for row in results[:2]:
-        assert row["val/loss"] == there[row["name"]]["val/loss"]
-
-
-def test_the_configs_of_a_dry_run_are_run_in_their_sweep(foreign):
-    args = [*LOSS, "--name=tiny", "--base=[]", "--fixed={}", grid(model__lr=[0.1, 0.2])]
+def test_a_dry_run_is_continued_by_its_folder_and_by_its_command(foreign):
+    args = [*FOREIGN, grid(model__lr=[0.1, 0.2])]
     assert sweep.main([*args, "--dry_run"]) == 0
-    assert sweep.main([*LOSS, "--run_dir=logs/sweeps/tiny/configs"]) == 0
+    assert sweep.main([*FOREIGN[:3], f"--config_dir={SWEEP}/configs"]) == 0
     assert [(row["status"], row["model.lr"]) for row in rows()] == [("finished", "0.1"), ("finished", "0.2")]
     assert sweep.main(args) == 0
-    assert len(Path("trained.txt").read_text().splitlines()) == 2
+    assert len(trained()) == 2
 
 
-def test_a_foreign_program_is_swept(foreign):
+def test_a_foreign_program_is_swept(foreign, capfd):
     Path("slow.yaml").write_text("model: {lr: 0.001}\ntrainer: {max_epochs: 3}\n")
-    axes = grid(config=[None, "slow.yaml"], model__bias=[False, True], data__batch_size=[16, 32])
-    args = [*LOSS, "--name=tiny", "--base=[]", axes]
-    done = in_new_process(*args)
-    assert done.returncode == 0, done.stderr
+    axes = grid(config=[None, "slow.yaml"], data__batch_size=[16, 32])
+    assert sweep.main([*FOREIGN, axes]) == 0
     results = rows()
-    assert [row["name"] for row in results][::4] == [
-        "000-config=null-bias=false-batch_size=16",
-        "004-config=slow-bias=false-batch_size=16",
-    ]
-    assert [row["epochs"] for row in results] == ["2"] * 4 + ["3"] * 4
-    assert all(float(results[i]["loss"]) < float(results[4 + i]["loss"]) for i in range(4))
+    assert [row["name"] for row in results][::2] == ["000-config=null-batch_size=16", "002-config=slow-batch_size=16"]
+    assert [row["epochs"] for row in results] == ["2"] * 2 + ["3"] * 2
+    assert all(float(results[i]["loss"]) < float(results[2 + i]["loss"]) for i in range(2))
     for row in results:
-        metrics = json.loads(Path("logs/sweeps/tiny", row["name"], "metrics.json").read_text())
-        assert Path("logs/sweeps/tiny", row["name"], metrics["best_checkpoint"]).is_file()
+        run = SWEEP / row["name"]
+        assert (run / json.loads((run / "metrics.json").read_text())["best_checkpoint"]).is_file()
+        assert yaml.safe_load((run / "config.yaml").read_text())["data"]["batch_size"] == int(row["data.batch_size"])
     best = min(results, key=lambda row: float(row["loss"]))
-    line = done.stdout.splitlines()[9].split()
-    assert (
-        line[0] == best["name"][:3] and f"{float(best['loss']):.4f}" in line
-    )  # behind eight lines of progress and the header
+    first = capfd.readouterr().out.partition("\nrun ")[2].splitlines()[1].split()
+    assert first[0] == best["name"][:3] and f"{float(best['loss']):.4f}" in first
 
 
 def test_a_program_may_write_its_own_metrics_and_config(foreign):
@@ -402,189 +333,78 @@ def test_a_program_may_write_its_own_metrics_and_config(foreign):
         "    json.dump({'loss': 1, 'note': 'x'} if cli.model.lr < 0.2 else {}, open(cli.trainer.default_root_dir + "
         "'/metrics.json', 'w'))\n    return cli\n"
     )
-    args = ["--program=own:main", "--metric=loss", "--name=tiny", "--base=[]", grid(model__lr=[0.1, 0.2])]
+    args = ["--program=own:main", "--metric=loss", "--name=tiny", grid(model__lr=[0.1, 0.2])]
     assert sweep.main([*args, "--fixed.trainer.logger=false"]) == 0
     assert [(row["status"], row["loss"]) for row in rows()] == [("finished", "1"), ("finished", "")]
 
 
-def test_another_folder_called_configs_is_left_alone(foreign):
-    for name in ("configs", "a"):
-        os.mkdir(name)
-    Path("configs/a.yaml").write_text("model: {lr: 0.1}\n")
-    Path("a/mine.txt").touch()
-    assert sweep.main([*LOSS, "--run_dir=configs"]) == 0
-    assert [row["name"] for row in rows(Path("logs/sweeps/configs"))] == ["a"]
-    assert os.listdir("a") == ["mine.txt"] and Path("configs/a.yaml").read_text() == "model: {lr: 0.1}\n"
-
-
-def test_failed_runs_are_told_and_the_rest_goes_on(foreign, capfd):
-    faults = ["exit", None, "kill", "nan", "none"]
-    args = [*LOSS, "--name=tiny", "--base=[]", grid(model__fault=faults)]
+def test_failed_runs_are_named_and_the_rest_is_run(foreign, capfd):
+    args = [*FOREIGN, grid(model__fault=["exit", None, "kill", "nan", "none"])]
     assert sweep.main(args) == 1
     printed = capfd.readouterr().out
-    assert [row["status"] for row in rows()] == ["failed", "finished", "failed", "failed", "finished"]
+    assert statuses() == ["failed", "finished", "failed", "failed", "finished"]
     for name, reason in {
         "000-fault=exit": "this fault was asked for",
         "002-fault=kill": "killed by SIGKILL",
         "003-fault=nan": "diverged: loss is nan",
     }.items():
-        assert f"{name} failed: {reason}" in printed and f"(see logs/sweeps/tiny/{name}/output.log)" in printed
-    assert "2 of 5 runs are finished" in printed
-    tried = len(Path("trained.txt").read_text().splitlines())
-    assert sweep.main([*args, "--retry_failed=false"]) == 1
-    assert len(Path("trained.txt").read_text().splitlines()) == tried == 5
-    assert sweep.main([*args, "--retry_failed", "--max_failures=9"]) == 1
-    assert len(Path("trained.txt").read_text().splitlines()) == tried + 3
+        assert f"failed: {name}: {reason}" in printed and f"(see logs/sweeps/tiny/{name}/output.log)" in printed
+    assert "2 of 5 runs are finished" in printed and "3 failed" in printed
+    assert len(trained()) == 5
+    assert sweep.main([*args, "--max_failures=9"]) == 1
+    assert len(trained()) == 8
+
+
+def test_a_program_that_returns_nothing_is_named_in_the_log(foreign):
+    assert sweep.main(["--program=foreign:forgets", "--metric=loss", "--name=tiny", grid(model__lr=[0.1])]) == 1
+    message = "error: program foreign:forgets must return its LightningCLI; it returned None"
+    assert message in (SWEEP / "000-lr=0.1/output.log").read_text()
 
 
 def test_a_fault_of_all_runs_stops_the_sweep(foreign, capfd):
-    args = [*LOSS, "--name=tiny", "--base=[]", "--fixed.model.fault=exit", grid(model__lr=[0.1, 0.2, 0.3, 0.4, 0.5])]
-    assert "stopped, since 3 runs failed in a row" in error(capfd, *args)
-    assert [row["status"] for row in rows()] == ["failed"] * 3 + ["pending"] * 2
-    assert "2 runs failed in a row" in error(capfd, *args, "--max_failures=2")
+    args = [*FOREIGN, "--fixed.model.fault=exit", grid(model__lr=[0.1, 0.2, 0.3, 0.4, 0.5])]
+    assert "stopped because too many runs failed in a row" in error_of(capfd, *args)
+    assert statuses() == ["failed"] * 3 + ["pending"] * 2
+    assert "too many runs failed" in error_of(capfd, *args, "--max_failures=2")
+    assert len(trained()) == 5
 
 
-def test_a_misspelt_metric_is_told_after_the_first_run(foreign, capfd):
-    args = ["--program=foreign:main", "--name=tiny", "--base=[]", grid(model__lr=[0.1, 0.2])]
-    assert "reports no metric los (did you mean loss?)" in error(capfd, *args, "--metric=los")
-    assert [row["status"] for row in rows()] == ["finished", "pending"]
+def test_a_misspelt_metric_is_reported_after_the_first_run(foreign, capfd):
+    args = ["--program=foreign:main", "--name=tiny", grid(model__lr=[0.1, 0.2])]
+    assert "has no metric los (did you mean loss?)" in error_of(capfd, *args, "--metric=los")
+    assert statuses() == ["finished", "pending"]
     assert sweep.main([*args, "--metric=loss"]) == 0
-    assert len(Path("trained.txt").read_text().splitlines()) == 2
+    assert len(trained()) == 2
 
 
 def test_a_run_that_diverges_has_failed(folder, capfd):
-    axes = {"model.optimizer.lr": [1e30, 0.1]}
-    assert sweep.main(settings(folder, grid=axes)) == 1
+    assert sweep.main(settings(folder, grid={"model.optimizer.lr": [1e30, 0.1]})) == 1
+    assert "failed: 000-lr=1e+30: " in capfd.readouterr().out
+    assert statuses() == ["failed", "finished"]
+
+
+def send(signals: str, pid: int, when: str) -> subprocess.Popen:
+    """Sends signals to a process, half a second apart, when a shell condition holds."""
+    script = f"until {when}; do sleep 0.1; done; for s in {signals}; do sleep 0.5; kill -$s {pid}; done"
+    return subprocess.Popen(["sh", "-c", script])
+
+
+def test_ctrl_c_ends_the_current_run_cleanly_and_the_same_command_continues(foreign, capfd):
+    args = [*FOREIGN, grid(model__fault=[None, "hold", "x"])]
+    Path("held").touch()
+    with send("INT", os.getpid(), "grep -qs hold trained.txt"):
+        assert sweep.main(args) == 130
+    os.remove("held")
     printed = capfd.readouterr().out
-    assert "000-lr=1e+30 failed: train/loss became nan" in printed and "diverged" in printed
-    assert [row["status"] for row in rows()] == ["failed", "finished"]
-
-
-def test_ctrl_c_ends_the_current_run_cleanly_and_the_same_command_goes_on(foreign):
-    args = [*LOSS, "--name=tiny", "--base=[]", grid(model__fault=[None, "pause", "x"])]
-    process = start(*args)
-    wait_for(lambda: os.path.exists("trained.txt") and len(Path("trained.txt").read_text().splitlines()) == 2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and "Traceback" not in printed
-    assert "001-fault=pause interrupted: stopped by Ctrl-C or a signal" in printed
-    assert printed.splitlines()[-1] == "stopped: the same command goes on from here"
-    assert [row["status"] for row in rows()] == ["finished", "interrupted", "pending"]
-    assert "attempting graceful shutdown" in Path("logs/sweeps/tiny/001-fault=pause/output.log").read_text()
-    assert in_new_process(*args).returncode == 0
-    assert [row["status"] for row in rows()] == ["finished"] * 3
-    assert len(Path("trained.txt").read_text().splitlines()) == 4
-
-
-def test_ctrl_c_twice_ends_it_at_once(foreign):
-    process = start(*LOSS, "--name=tiny", "--base=[]", grid(model__fault=["deaf", "x"]))
-    wait_for(lambda: os.path.exists("trained.txt"))
-    os.kill(process.pid, signal.SIGINT)
-    assert "stopping 000-fault=deaf" in process.stdout.readline()
-    time.sleep(1)
-    assert process.poll() is None  # the run doesn't hear it
-    os.kill(process.pid, signal.SIGINT)
-    process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert [row["status"] for row in rows()] == ["interrupted", "pending"]
-
-
-def test_a_run_dies_with_its_sweep_and_starts_over(foreign):
-    args = [*LOSS, "--name=tiny", "--base=[]", grid(model__fault=["wait"])]
-    process = start(*args)
-    wait_for(lambda: os.path.exists("trained.txt"))
-    process.kill()
-    process.wait()
-    sweep.lock(Path("logs/sweeps/tiny"), "000-fault=wait.run", timeout=10)  # nobody holds it any more
-    assert sweep.status(Path("logs/sweeps/tiny"), "000-fault=wait", "loss")[0] == "running"
-
-
-def test_a_terminal_shows_the_whole_sweep_while_it_runs(foreign):
-    pty = pytest.importorskip("pty")
-    terminal, theirs = pty.openpty()
-    args = [*LOSS, "--name=tiny", "--base=[]", grid(model__fault=[None, "exit", "pause"])]
-    size = {"COLUMNS": "90", "LINES": "30", "TERM": "xterm-256color"}
-    process = start(*args, stdout=theirs, stderr=theirs, env=os.environ | size)
-    os.close(theirs)
-    shown = b""
-    with contextlib.suppress(OSError):  # that is how a terminal's end is told
-        while part := os.read(terminal, 10_000):
-            shown += part
-    os.close(terminal)
-    assert process.wait() == 1
-    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r", "").splitlines()
-    lines = [line.strip() for line in lines]
-    assert "\u2501" in shown.decode()  # the bar
-    assert any(re.fullmatch(r"\[2/3\]  best 0\.\d{4} \(000\)  0:00:\d\d left  1 failed", line) for line in lines)
-    assert any(line.startswith("002  ") for line in lines)  # with the last line of its log
-    assert lines[-2].startswith("2 of 3 runs are finished")
-
-
-def test_two_sweeps_share_the_work(foreign):
-    args = [*LOSS, "--name=tiny", "--base=[]", "--fixed.model.fault=pause", grid(model__lr=[0.1, 0.2, 0.3, 0.4])]
-    one, other = start(*args), start(*args)
-    printed = [process.communicate(timeout=300)[0] for process in (one, other)]
-    assert (one.returncode, other.returncode) == (0, 0)
-    assert [row["status"] for row in rows()] == ["finished"] * 4
-    assert len(Path("trained.txt").read_text().splitlines()) == 4
-    shares = [re.findall(r"^\[.*?\] +(\d+)-", one, flags=re.MULTILINE) for one in printed]
-    assert all(shares) and sorted(shares[0] + shares[1]) == ["000", "001", "002", "003"]
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="/proc is Linux's")
-@pytest.mark.parametrize("program", ["main", "foreign"])
-def test_the_server_has_one_thread_and_no_device(program, foreign):
-    own = [*LOSS, "--name=tiny", "--base=[]", grid(model__fault=["wait"])]
-    process = start(*(settings(foreign) if program == "main" else own))
-    wait_for(lambda: list(Path("logs/sweeps/tiny").glob("*/output.log")))
-    server, _ = parts_of(process)
-    assert "Threads:\t1\n" in Path(f"/proc/{server}/status").read_text()
-    assert not [path for path in Path(f"/proc/{server}/fd").iterdir() if "nvidia" in os.readlink(path)]
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert process.returncode == 130
-
-
-def test_a_program_prepares_the_server_once(foreign):
-    Path("own.py").write_text(
-        "from foreign import main\ndef preload():\n    open('prepared.txt', 'a').write('x')\n    raise ImportError\n"
-    )
-    args = ["--program=own:main", "--metric=loss", "--name=tiny", "--base=[]", grid(model__lr=[0.1, 0.2])]
-    assert in_new_process(*args).returncode == 0
-    assert Path("prepared.txt").read_text() == "x"
-
-
-def test_the_preparation_leaves_no_package_to_import(folder):
-    script = "import main, sys\nmain.preload()\nbefore = set(sys.modules)\n"
-    script += f"main.main({['fit', *BASE, *SHORT]})\nprint(len(before), *(set(sys.modules) - before))\n"
-    environment = os.environ | {"PYTHONPATH": str(REPO)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    before, *late = done.stdout.splitlines()[-1].split()
-    assert int(before) > 2000
-    packages = {"PIL", "fsspec", "google", "matplotlib", "omegaconf", "pandas", "tensorboard", "wandb"}
-    assert [name for name in late if name.partition(".")[0] in packages] == []
-
-
-def test_a_run_that_was_killed_before_all_can_be_tried_again(foreign):
-    """Before it had a log, so that only the sweep's note is there."""
-    args = [*LOSS, "--name=tiny", "--base=[]", grid(model__fault=["x"])]
-    run = Path("logs/sweeps/tiny/000-fault=x")
-    run.mkdir(parents=True)
-    (run / "status.json").write_text(json.dumps({"status": "failed", "reason": "killed by SIGKILL", "time": 1}))
+    assert "stopping 001-fault=hold" in printed
+    assert printed.splitlines()[-1] == "stopped: the same command continues from here"
+    assert statuses() == ["finished", "interrupted", "pending"]
     assert sweep.main(args) == 0
-    assert [row["status"] for row in rows()] == ["finished"]
+    assert statuses() == ["finished"] * 3
+    assert len(trained()) == 4
 
 
-def test_a_server_that_is_killed_before_it_forks_is_started_anew(foreign, monkeypatch):
-    start_server, killed = sweep.start_server, []
-
-    def start_and_kill(program):
-        start_server(program)
-        if len(killed) % 2 == 0:  # each time once
-            os.kill(multiprocessing.forkserver._forkserver._forkserver_pid, signal.SIGKILL)
-        killed.append(program)
-
-    monkeypatch.setattr(sweep, "start_server", start_and_kill)
-    assert sweep.main([*LOSS, "--name=tiny", "--base=[]", grid(model__fault=["x"])]) == 0
-    assert len(killed) == 4
+def test_ctrl_c_twice_kills_the_current_run(foreign):
+    with send("INT INT", os.getpid(), "test -e trained.txt"):
+        assert sweep.main([*FOREIGN, grid(model__fault=["deaf", "x"])]) == 130
+    assert statuses() == ["interrupted", "pending"]

@@ -1,0 +1,153 @@
+"""Callbacks of every experiment: graph, histograms, progress, and the file that predict writes."""
+
+import csv
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from tqdm import tqdm
+
+from mnist_cnn.run.errors import UserError
+from mnist_cnn.run.files import write_atomically
+from mnist_cnn.run.loggers import log_histograms
+
+
+class ModelGraph(Callback):
+    """Logs the graph of the net to TensorBoard, traced with the first image of the first training batch."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Traces at the first step."""
+        if trainer.global_step or batch_idx or not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                try:
+                    logger.experiment.add_graph(getattr(pl_module, "net", pl_module), batch[0][:1])
+                except Exception as error:  # a net that cannot be traced can still be trained
+                    print(f"no graph in TensorBoard: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+
+
+class Histograms(Callback):
+    """Logs histograms of all parameters, gradients and layer outputs every n steps.
+
+    All values are from the same step, without an extra pass: outputs of its forward pass, gradients of its backward
+    pass, the parameters that both used. Their names are param/..., grad/... and act/... with the module's path.
+
+    Args:
+        every_n_steps: Optimizer steps between two sets of histograms; the first is at step 0.
+        bins: Number of bins of equal width between the lowest and the highest value; at most 512, W&B's limit.
+    """
+
+    def __init__(self, every_n_steps: PositiveInt = 250, bins: PositiveInt = 64) -> None:
+        self.every_n_steps = every_n_steps
+        self.bins = bins
+        self._outputs: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Hooks the layers at a step that will be logged."""
+        self._unhook()  # with accumulated gradients, the last batch of the step counts
+        if trainer.global_step % self.every_n_steps == 0 and trainer.loggers and trainer.is_global_zero:
+            for name, module in pl_module.named_modules():
+                if not any(module.children()):
+                    self._hooks.append(module.register_forward_hook(self._keep_output(name)))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Logs the step's values before the parameters change."""
+        if not self._hooks:
+            return
+        values = {f"act/{name}": output for name, output in self._outputs.items()}
+        for name, parameter in pl_module.named_parameters():
+            values[f"param/{name}"] = parameter
+            if parameter.grad is not None:
+                values[f"grad/{name}"] = parameter.grad
+        log_histograms(trainer, values, self.bins)
+        self._unhook()
+
+    def _keep_output(self, name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                self._outputs[name] = output.detach()
+
+        return hook
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._outputs.clear()
+
+
+class EpochProgressBar(TQDMProgressBar):
+    """A bar over the steps of training, in a terminal only, and a line for each finished epoch.
+
+    Args:
+        refresh_rate: Steps between two updates of the bar.
+    """
+
+    def __init__(self, refresh_rate: int = 50) -> None:
+        super().__init__(refresh_rate if sys.stdout.isatty() else 0)
+
+    def init_validation_tqdm(self) -> tqdm:
+        """No bar for validation; it takes half a second."""
+        return tqdm(disable=True)
+
+    init_test_tqdm = init_validation_tqdm
+
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self._start = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if trainer.is_global_zero:
+            stages: dict[str, str] = {}  # of the metrics that are named stage/metric
+            for name, value in trainer.callback_metrics.items():
+                stage, _, metric = name.partition("/")
+                if metric:
+                    stages[stage] = stages.get(stage, stage) + f" {metric} {value:.4f}"
+            seconds = time.monotonic() - getattr(self, "_start", time.monotonic())  # not set if resumed in the epoch
+            tqdm.write("  ".join([f"epoch {trainer.current_epoch:2}", *stages.values(), f"{seconds:.1f} s"]))
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes predicted probabilities to a CSV file: file name or index, predicted class, a column for each class.
+
+    Args:
+        path: The file. An older one is replaced.
+    """
+
+    def __init__(self, path: str = "predictions.csv") -> None:
+        super().__init__(write_interval="epoch")
+        self.path = path
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:
+            raise UserError("predictions are written by one process: give --trainer.devices=1")
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        """Writes the file, then reports the files of predict_dir that are not images."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        probabilities = torch.cat(list(predictions))
+        names = getattr(data, "predict_names", None)
+        header = ["file" if names else "index", "predicted", *(f"p{i}" for i in range(probabilities.shape[1]))]
+        try:
+            with write_atomically(self.path) as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(header)
+                for name, row in zip(names or range(len(probabilities)), probabilities):
+                    writer.writerow([name, int(row.argmax()), *(f"{p:.6f}" for p in row.tolist())])
+        except OSError as error:
+            raise UserError(f"{self.path} is not writable: {error.strerror}") from error
+        print(f"{len(probabilities)} predictions: {self.path}")
+        if unreadable := getattr(data, "unreadable", []):
+            raise UserError(f"not predicted, because they are not readable images: {', '.join(unreadable)}")

@@ -1,0 +1,130 @@
+"""Experiment: the LightningModule that every experiment starts from."""
+
+import inspect
+import math
+import os
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.optim.lr_scheduler import CyclicLR
+
+from mnist_cnn.run.errors import UserError
+
+
+class Experiment(LightningModule):
+    """A LightningModule with an injected optimizer and schedule, reproducible epochs and a check for divergence.
+
+    A subclass defines its net and its steps; `training_step` returns the loss, `log_mean` logs it.
+
+    Args:
+        optimizer: Called with the module's parameters.
+        lr_scheduler: Called with the optimizer. OneCycleLR, CyclicLR and WarmupCosineLR are stepped after each
+            optimizer step, ReduceLROnPlateau after each validation, others after each epoch. If its `total_steps` is
+            not given, it is the number of optimizer steps that the trainer will make.
+    """
+
+    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None = None) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self._since_log: dict[str, list[Tensor]] = {}
+        self._log_window = -1  # global_step // log_every_n_steps of what _since_log holds
+        self._losses: list[tuple[int, Tensor]] = []  # optimizer step and loss of the batches not yet checked
+
+    def configure_optimizers(self) -> Any:
+        """The injected optimizer, with the injected schedule if there is one."""
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        # jsonargparse binds all arguments as keywords; Python code may leave some to the signature's defaults.
+        arguments = {name: p.default for name, p in inspect.signature(self.lr_scheduler).parameters.items()}
+        arguments |= getattr(self.lr_scheduler, "keywords", {})
+        takes_steps = "total_steps" in arguments
+        if takes_steps and arguments["total_steps"] is None and arguments.get("steps_per_epoch") is None:
+            steps = (
+                self.trainer.estimated_stepping_batches if self._trainer else 1_000
+            )  # before fit, only to check the settings
+            if not 1 <= steps < math.inf:
+                raise UserError("the schedule needs the number of steps: set trainer.max_epochs or trainer.max_steps")
+            scheduler = self.lr_scheduler(optimizer, total_steps=int(steps))  # type: ignore[call-arg]
+        else:
+            scheduler = self.lr_scheduler(optimizer)
+        per_step = takes_steps or hasattr(scheduler, "total_steps") or isinstance(scheduler, CyclicLR)
+        config = {
+            "scheduler": scheduler,
+            "interval": "step" if per_step else "epoch",
+            "monitor": getattr(scheduler, "monitor", "val/loss"),  # read for ReduceLROnPlateau only
+        }
+        return [optimizer], [config]
+
+    def on_train_start(self) -> None:
+        """Checks that the schedule lasts until the end of training, and that there is a validation to monitor."""
+        trainer: Any = self.trainer
+        for config in trainer.lr_scheduler_configs:
+            planned = getattr(config.scheduler, "total_steps", None)  # a checkpoint may have restored it
+            if planned and planned < trainer.estimated_stepping_batches < math.inf:
+                raise UserError(
+                    f"the schedule is for {planned} steps, training makes {trainer.estimated_stepping_batches}: leave"
+                    " total_steps out, or resume with the same number of epochs"
+                )
+        if sum(trainer.num_val_batches) or (trainer.val_dataloaders is None and trainer.limit_val_batches):
+            return  # there is a validation, or it is not known yet
+        monitors = [("early_stopping", callback.monitor) for callback in trainer.early_stopping_callbacks]
+        monitors += [("checkpoint", getattr(callback, "monitor", None)) for callback in trainer.checkpoint_callbacks]
+        monitors += [("model.lr_scheduler", c.monitor) for c in trainer.lr_scheduler_configs if c.reduce_on_plateau]
+        for name, monitor in monitors:
+            if monitor and monitor.startswith("val"):
+                raise UserError(f"{name} monitors {monitor}, but there is no validation: give --{name}=null")
+
+    def on_train_epoch_start(self) -> None:
+        """Seeds dropout and the like by seed, epoch and process, so that a resumed run repeats an epoch exactly."""
+        if (seed := os.environ.get("PL_GLOBAL_SEED")) is not None:
+            torch.manual_seed((int(seed) * 10_000 + self.current_epoch) * 10_000 + self.global_rank)
+
+    def log_mean(self, values: dict[str, Tensor]) -> None:
+        """Logs means of scalars (name -> value of this batch) over the batches of each `log_every_n_steps` steps.
+
+        `self.log` at every step would cost a small net as much as its backward pass.
+        """
+        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not interval:
+            return
+        step = self.global_step
+        if step // interval != self._log_window:
+            self._log_window = step // interval
+            self._since_log.clear()
+        for name, value in values.items():
+            self._since_log.setdefault(name, []).append(value.detach())
+        if (step + 1) % interval == 0:
+            self.log_dict({name: torch.stack(batches).mean() for name, batches in self._since_log.items()})
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keeps the loss on its device; reading it at every step would make a GPU wait."""
+        if outputs:
+            self._losses.append((self.global_step, outputs["loss"]))
+        if len(self._losses) >= max(1, self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
+            self.check_losses()
+
+    def on_train_epoch_end(self) -> None:
+        """Checks the remaining losses of the epoch, and those of its validation."""
+        self.check_losses()
+        for name, value in self.trainer.callback_metrics.items():
+            if name.startswith("val") and name.endswith("loss") and not value.isfinite():
+                raise FloatingPointError(f"{name} is {value:.0f} after epoch {self.current_epoch}: training diverged")
+
+    def check_losses(self) -> None:
+        """Checks the training losses since the last check.
+
+        Raises:
+            FloatingPointError: If one is not finite.
+        """
+        losses, self._losses = self._losses, []
+        if losses and not (finite := torch.stack([loss for _, loss in losses]).isfinite()).all():
+            step = losses[int(finite.int().argmin())][0]
+            raise FloatingPointError(
+                f"train/loss was not finite at step {step} (epoch {self.current_epoch}): training diverged; try a lower"
+                " learning rate"
+            )

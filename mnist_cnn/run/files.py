@@ -1,0 +1,51 @@
+"""Files that are written whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+
+@contextmanager
+def write_atomically(path: str | os.PathLike, binary: bool = False) -> Iterator[IO[Any]]:
+    """Opens a temporary file beside `path`, which replaces `path` if the block ends without an exception.
+
+    Args:
+        path: File to write. Its folder is created if it does not exist.
+        binary: Whether the file takes bytes; otherwise UTF-8 text, with newlines as written. File names in it that are
+            not UTF-8 keep their bytes.
+
+    Yields:
+        The open temporary file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    text: dict[str, Any] = {} if binary else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    try:
+        with open(temporary, "wb" if binary else "w", **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Replaces a checkpoint in one step, so that a full disk or a kill leaves the previous one intact.
+
+    Lightning copies the new checkpoint over the old one, which can leave half a file.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Saves a checkpoint; paths with a protocol (s3://...) are left to Lightning."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with write_atomically(path, binary=True) as file:
+            torch.save(checkpoint, file)

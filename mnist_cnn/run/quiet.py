@@ -1,0 +1,18 @@
+"""Hides messages and warnings of the libraries that a user can do nothing about."""
+
+import logging
+import warnings
+
+WARNINGS = (
+    r"`torch.jit.\w+` is deprecated|`isinstance\(treespec, LeafSpec\)` is deprecated"  # within torch and Lightning
+    r"|The '\w+' does not have many workers"  # the images are in memory
+    r"|torch.distributed.nn.functional.all_gather is deprecated|Total length of `\w+` across ranks is zero"
+    r"|The `srun` command is available|Be aware that when using `ckpt_path`|LightningCLI's args parameter"
+)
+
+
+def silence_libraries() -> None:
+    """Shows warnings only, and not those above."""
+    warnings.filterwarnings("ignore", WARNINGS)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)

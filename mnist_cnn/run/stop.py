@@ -1,0 +1,114 @@
+"""SIGTERM and Ctrl-C: the current step ends, a checkpoint is written, the run can be resumed."""
+
+import math
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from mnist_cnn.run.folder import keep_best_checkpoints
+
+
+class StopBySignal(Checkpoint):
+    """On the first signal, training stops after the current step; on a second one, or outside training, at once.
+
+    A validation or end of the epoch that is due after that step is completed. Lightning runs Checkpoint callbacks last,
+    so this checkpoint has the other callbacks' state. Several processes would have to agree on a step, so they stop
+    without a new checkpoint. Lightning itself would save nothing and exit with status 0.
+
+    Used as a callback, and as a context manager that installs the signal handlers.
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None  # of the checkpoint; None: write none
+        self.received: signal.Signals | None = None
+        self.trained = False  # whether this process has made a step
+        self._in_training = False
+        self._random_state: dict[str, torch.Tensor] = {}
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopBySignal":
+        self._process = os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            # A signal that is ignored, as by nohup, stays ignored.
+            self._before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
+        self._handle_signals()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle_signals(self) -> None:
+        for number in self._before:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _: Any) -> None:
+        if os.getpid() != self._process:
+            return  # a DataLoader's worker, which ends with this process
+        first, self.received = self.received is None, signal.Signals(number)
+        if hasattr(signal, "SIGCHLD"):  # Ctrl-C may end a DataLoader's workers too: torch would raise an exception
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if not (first and self._in_training):
+            raise SystemExit(128 + number)
+        os.write(2, b"stopping after this step; press Ctrl-C again to quit now\n")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From now on a signal stops after the step. Restores the random numbers of the checkpoint."""
+        self._handle_signals()  # instead of Lightning's
+        self._in_training = True
+        if self._random_state and trainer.world_size == 1:
+            torch.set_rng_state(self._random_state["cpu"].cpu())
+            if "cuda" in self._random_state and torch.cuda.is_available():
+                torch.cuda.set_rng_state(self._random_state["cuda"].cpu())
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Stops within an epoch, at a step after which no validation is due and no gradients are left over."""
+        self.trained = True
+        done = args[-1] + 1  # batches of this epoch
+        validates = trainer.is_last_batch or done % (trainer.val_check_batch or math.inf) == 0
+        if self.received and not validates and done % trainer.accumulate_grad_batches == 0:
+            self._save(trainer)
+            self._exit()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the state at the end of the epoch, whose metrics are yet to be logged."""
+        if self.received:
+            self._save(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops between two epochs."""
+        self._exit()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._in_training = False
+        self._exit()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adapts the checkpoint to this run; an evaluation needs its weights only."""
+        if trainer.training:
+            keep_best_checkpoints(trainer, checkpoint)
+        else:
+            checkpoint["callbacks"] = {}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The state of the random numbers, with which dropout continues in the middle of an epoch."""
+        state = {"cpu": torch.get_rng_state()}
+        return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        self._random_state = state_dict
+
+    def _save(self, trainer: Trainer) -> None:
+        if self.path is not None and trainer.world_size == 1:
+            trainer.save_checkpoint(str(self.path))
+
+    def _exit(self) -> None:
+        if self.received:
+            raise SystemExit(128 + self.received)

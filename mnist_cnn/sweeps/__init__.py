@@ -1,0 +1,1 @@
+"""Many runs: what sweep.py stands on. Knows LightningCLI and run folders, not MNIST."""

@@ -1,0 +1,125 @@
+"""Executes runs as SLURM jobs, by submitit (`pip install '.[cluster]'`).
+
+Each run is a task of a job array that calls local.execute. Ctrl-C stops the waiting; the jobs continue. The same
+command submits the unfinished runs again; a job whose run is finished, or executed by another job, ends at once.
+"""
+
+import contextlib
+import functools
+import io
+import os
+import shlex
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from filelock import Timeout
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+
+from mnist_cnn.run.errors import UserError
+from mnist_cnn.sweeps.display import Display
+from mnist_cnn.sweeps.ledger import Run, lock, read_run, write_status
+from mnist_cnn.sweeps.local import Sweep, execute
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """What --launcher=slurm requests for each run.
+
+    Args:
+        partition: Partition; null: the cluster's default.
+        time: Minutes that a run may take.
+        gpus: GPUs of a run.
+        cpus: CPUs of a run.
+        runs_at_once: Run at most so many at a time; null: as many as SLURM allows.
+        options: Further options of sbatch, such as account, qos or mem.
+        poll: Seconds between two queries of the jobs' states.
+    """
+
+    partition: str | None = None
+    time: PositiveInt = 60
+    gpus: NonNegativeInt = 0
+    cpus: PositiveInt = 1
+    runs_at_once: PositiveInt | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    poll: PositiveFloat = 10.0
+
+
+def check_cluster() -> None:
+    """Raises a UserError if jobs cannot be submitted from here."""
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError("launcher slurm needs submitit: pip install '.[cluster]'") from error
+    if submitit.SlurmExecutor.affinity() < 0:
+        raise UserError("launcher slurm needs SLURM's commands (sbatch, srun, sacct), which are not on PATH")
+
+
+def run_job(sweep: Sweep, name: str) -> None:
+    """What a job does: executes the run, unless it is finished or another process executes it."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # with it, submitit would end the run before its time is up
+    signal.signal(signal.SIGTERM, sweep.interrupt)  # SLURM is about to end or requeue the job
+    os.environ.pop("SLURM_NTASKS", None)  # with it, Lightning would take the run for one task of several
+    with contextlib.suppress(Timeout), lock(sweep.root, name, timeout=5):
+        if read_run(sweep.root, name, sweep.metric).status != "finished":
+            execute(sweep, name, Display(sweep.metric, "max"))
+    if sweep.interrupts:
+        os._exit(1)  # without a result for submitit, so that the job's state counts: it may be requeued
+
+
+def submit(sweep: Sweep, names: list[str], slurm: Slurm) -> dict[str, Any]:
+    """Submits runs as one job array; returns their jobs by name."""
+    import submitit
+
+    given = {"partition": slurm.partition, "gpus_per_node": slurm.gpus or None, **slurm.options}
+    executor = submitit.SlurmExecutor(sweep.root / ".locks/slurm")
+    executor.update_parameters(
+        job_name=sweep.root.name,
+        time=slurm.time,
+        cpus_per_task=slurm.cpus,
+        array_parallelism=slurm.runs_at_once or len(names),
+        setup=[f"export PYTHONPATH={shlex.quote(os.pathsep.join(sys.path))}"],
+        additional_parameters={key: value for key, value in given.items() if value is not None},
+    )
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the error has sbatch's message, too
+            return dict(zip(names, executor.map_array(functools.partial(run_job, sweep), names)))
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        raise UserError(f"SLURM refuses the jobs: {error}") from error
+
+
+def run_all(sweep: Sweep, display: Display, slurm: Slurm) -> Iterator[Run]:
+    """Submits the runs that are not finished, and waits for their jobs.
+
+    Yields:
+        Each run whose job has ended.
+    """
+    unfinished = [name for name in sweep.names if sweep.is_open(name)]
+    jobs = submit(sweep, unfinished, slurm) if unfinished else {}
+    if jobs:
+        array = jobs[unfinished[0]].job_id.partition("_")[0]
+        display.say(f"submitted {len(jobs)} runs to SLURM: squeue --jobs={array}")
+    while jobs:
+        for name, job in list(jobs.items()):
+            if job.done() and read_run(sweep.root, name, sweep.metric).status != "running":
+                del jobs[name]
+                if sweep.is_open(name):
+                    reason = f"SLURM job {job.job_id} ended: {job.state.lower()} ({job.paths.stderr})"
+                    write_status(sweep.root, name, "failed", reason)
+                yield read_run(sweep.root, name, sweep.metric)
+            if sweep.gave_up:
+                for other in jobs.values():
+                    other.cancel()
+                return
+        next_poll = time.monotonic() + slurm.poll * bool(jobs)
+        states = Counter(job.state.lower() for job in jobs.values())
+        while time.monotonic() < next_poll:
+            display.show(", ".join(f"{count} {state}" for state, count in states.items()))
+            time.sleep(0.25)
+            if sweep.interrupts:
+                display.say(f"the jobs continue; to cancel them: scancel {array}")
+                return

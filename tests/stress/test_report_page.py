@@ -1,0 +1,61 @@
+"""report.html in a real browser."""
+
+from pathlib import Path
+
+import pytest
+from test_report import SWEEP, write_tiny
+
+from mnist_cnn.sweeps.report import report
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch, browser):
+    """The page of a finished sweep of four runs, in the browser."""
+    monkeypatch.chdir(tmp_path)
+    write_tiny()
+    browser.get(Path(report(SWEEP)).absolute().as_uri())
+    return browser
+
+
+def cells(page, column: int) -> list[str]:
+    return [cell.text for cell in page.find_elements("css selector", f"#runs tbody td:nth-child({column})")]
+
+
+def test_a_click_sorts_the_table(page):
+    heads = page.find_elements("css selector", "#runs th")
+    names = [head.text for head in heads]
+    for name, in_order in (
+        ("val/acc", ["0.9100", "0.9300", "0.9400", "0.9600"]),
+        ("nesterov", ["false", "false", "true", "true"]),
+        ("run", ["000", "001", "002", "003"]),
+    ):
+        column = names.index(name)
+        for expected in (in_order, in_order[::-1]):
+            heads[column].click()
+            assert cells(page, column + 1) == expected
+    assert sorted(zip(cells(page, 1), cells(page, names.index("val/acc") + 1))) == [
+        ("000", "0.9100"),
+        ("001", "0.9300"),
+        ("002", "0.9600"),
+        ("003", "0.9400"),
+    ]
+
+
+def test_plots_and_pictures_are_drawn(page):
+    losses, influence, parallel, curves = page.find_elements("css selector", ".plotly-graph-div")
+    assert all(plot.find_elements("css selector", "svg.main-svg") for plot in (losses, influence, parallel, curves))
+    assert "train/loss" in losses.text and "val/loss" in losses.text and "loss (log)" in losses.text
+    assert "l1_chan" in influence.text and "0.69" in influence.text
+    assert "higher values (or true) → higher val/acc" in influence.text
+    assert all(text in parallel.text for text in ("l1_chan", "nesterov", "val/acc", "true", "false"))
+    lines = curves.find_elements("css selector", "path.js-line")
+    assert len(lines) == 4
+    assert [line.value_of_css_property("stroke") for line in lines].index("rgb(214, 39, 40)") == 3  # the best in front
+    pictures = page.find_elements("css selector", "img")
+    assert [picture.get_property("naturalWidth") for picture in pictures] == [600, 600]
+
+
+def test_the_page_needs_no_network_and_reports_no_error(page):
+    addresses = page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [address for address in addresses if not address.startswith("data:")] == []
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
