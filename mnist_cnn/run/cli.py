@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -222,6 +223,8 @@ class ExperimentCLI(LightningCLI):
     def close(self, status: int) -> None:
         """Closes the loggers; removes the folder of a run that failed before its first step."""
         keep = status == 0 or self.stop.trained
+        if status and hasattr(self, "trainer") and self.trainer.strategy.launcher:
+            self.trainer.strategy.launcher.kill(signal.SIGKILL)  # other processes would wait for this one
         for logger in self.trainer.loggers if self.run else ():
             if isinstance(logger, RunFolderTensorBoard):
                 shown = {name: self.settings[name] for name in ("seed_everything", "model", "data")}

@@ -105,7 +105,9 @@ def log_figure(trainer: Trainer, tag: str, figure: Figure) -> None:
 def start_wandb(logger: WandbLogger) -> Any:
     """Starts a W&B run: online with an API key; offline without one, or if W&B fails. WANDB_MODE overrides both."""
     settings: dict[str, Any] = {"silent": True, "init_timeout": 5, "finish_timeout": 10}  # seconds
-    Path(logger.save_dir or ".").mkdir(parents=True, exist_ok=True)  # W&B would use a temporary folder instead
+    folder = Path(logger.save_dir or ".")
+    folder.mkdir(parents=True, exist_ok=True)  # W&B would use a temporary folder instead
+    present = set(folder.glob("wandb/run-*"))
     try:
         wandb.setup(wandb.Settings(**settings))
         if not wandb.login(prompt=False, verify=False) and "WANDB_MODE" not in os.environ:
@@ -114,6 +116,8 @@ def start_wandb(logger: WandbLogger) -> Any:
     except wandb.Error as error:
         print(f"W&B: {str(error).partition(chr(10))[0]}; the run is logged offline", file=sys.stderr)
         wandb.teardown()
+        for failed in set(folder.glob("wandb/run-*")) - present:
+            shutil.rmtree(failed)
         wandb.setup(wandb.Settings(mode="offline", **settings))
         run = logger.experiment
     except ValueError as error:

@@ -31,13 +31,11 @@ class Display:
         # rich is imported here because jsonargparse parses 1 as 1.0 in a process that imports rich before torch.
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
-        from rich.table import Column
 
         self.metric, self.start, self.ended = metric, time.time(), 0
         self.mode: Literal["max", "min"] = mode
         self.console = Console(width=None if sys.stdout.isatty() else 160)
-        bar = BarColumn(20, table_column=Column(min_width=20))
-        text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+        bar, text = BarColumn(20), TextColumn("{task.description}", markup=False)
         # auto_refresh would start a thread, and a process with threads must not fork.
         options: dict[str, Any] = {"auto_refresh": False, "transient": True, "disable": not sys.stdout.isatty()}
         self.bar = Progress(bar, text, console=self.console, **options)
@@ -49,7 +47,8 @@ class Display:
 
     def show(self, current: str) -> None:
         """Redraws the last line."""
-        self.bar.update(self.task, description=f"{self.progress}  {current}", refresh=True)
+        line = f"{self.progress}  {current}"[: self.console.width - 22]  # beside the bar
+        self.bar.update(self.task, description=line, refresh=True)
 
     def update(self, runs: list[Run], ended: Run | None = None) -> None:
         """Computes the progress from the state of all runs, and prints a line about one that has just ended."""
