@@ -68,14 +68,12 @@ class ExperimentCLI(LightningCLI):
                 status = 0
             except (UserError, MisconfigurationException, FloatingPointError) as error:
                 fail(str(error))
-            except RuntimeError as error:
+            except (RuntimeError, SystemExit) as error:
+                if number := self.stop.received:  # RuntimeError: a DataLoader's worker has got the signal, too
+                    fail(f"stopped by {number.name}{self.how_to_resume()}", 128 + number)
                 if "Early stopping conditioned on metric" in str(error):  # which is misspelt, or not logged
                     fail(str(error))
                 raise
-            except SystemExit:
-                if (number := self.stop.received) is None:
-                    raise
-                fail(f"stopped by {number.name}{self.how_to_resume()}", 128 + number)
             finally:
                 self.close(status)
 
