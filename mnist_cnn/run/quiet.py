@@ -12,7 +12,8 @@ WARNINGS = (
 
 
 def silence_libraries() -> None:
-    """Shows warnings only, and not those above."""
+    """Hides those warnings, and advice and progress of Lightning's."""
     warnings.filterwarnings("ignore", WARNINGS)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("pytorch.utilities.rank_zero", "pytorch.trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
