@@ -66,12 +66,11 @@ class ExperimentCLI(LightningCLI):
                     args=args,
                 )
                 status = 0
-            except (UserError, MisconfigurationException, FloatingPointError) as error:
-                fail(str(error))
-            except (RuntimeError, SystemExit) as error:
-                if number := self.stop.received:  # RuntimeError: a DataLoader's worker has got the signal, too
+            except (Exception, SystemExit) as error:
+                if number := self.stop.received:  # a DataLoader's worker may have got the signal, too, and be missed
                     fail(f"stopped by {number.name}{self.how_to_resume()}", 128 + number)
-                if "Early stopping conditioned on metric" in str(error):  # which is misspelt, or not logged
+                reported = isinstance(error, UserError | MisconfigurationException | FloatingPointError)
+                if reported or "Early stopping conditioned on metric" in str(error):  # misspelt, or not logged
                     fail(str(error))
                 raise
             finally:
