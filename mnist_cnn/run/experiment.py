@@ -44,9 +44,8 @@ class Experiment(LightningModule):
         arguments |= getattr(self.lr_scheduler, "keywords", {})
         takes_steps = "total_steps" in arguments
         if takes_steps and arguments["total_steps"] is None and arguments.get("steps_per_epoch") is None:
-            steps = (
-                self.trainer.estimated_stepping_batches if self._trainer else 1_000
-            )  # before fit, only to check the settings
+            # Before fit, any number serves to check the settings.
+            steps = self.trainer.estimated_stepping_batches if self._trainer else 1_000
             if not 1 <= steps < math.inf:
                 raise UserError("the schedule needs the number of steps: set trainer.max_epochs or trainer.max_steps")
             scheduler = self.lr_scheduler(optimizer, total_steps=int(steps))  # type: ignore[call-arg]
