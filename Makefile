@@ -39,5 +39,5 @@ clean: ## remove the virtual environment; runs stay
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[augment,cluster,dev,report]'
+	$(BIN)/python -m pip install --quiet --editable '.[augment,cluster,dev]'
 	touch $@

@@ -1,12 +1,10 @@
 """The command line: `python main.py {fit,validate,test,predict} --config configs/base.yaml [--key=value ...]`."""
 
-from lightning.pytorch.cli import ArgsType
-
 import mnist_cnn  # noqa: F401  gives its classes short names in YAML
 from mnist_cnn.run.cli import ExperimentCLI
 
 
-def main(args: ArgsType = None) -> ExperimentCLI:
+def main(args: list[str] | None = None) -> ExperimentCLI:
     """Runs the experiment that the YAML describes.
 
     Args:

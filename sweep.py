@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +24,12 @@ from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 
 from mnist_cnn.run.config import check_config_files, swept_values
-from mnist_cnn.run.errors import Parser, UserError, fail, nearest
+from mnist_cnn.run.errors import Parser, UserError, fail
 from mnist_cnn.sweeps import local
 from mnist_cnn.sweeps import slurm as cluster
-from mnist_cnn.sweeps.display import Display, duration, sort_runs
+from mnist_cnn.sweeps.display import Display, sort_runs
 from mnist_cnn.sweeps.grid import check_grid, complete_configs, flat_keys, parse, run_names
 from mnist_cnn.sweeps.ledger import Run, lock, read_run, read_runs, to_yaml, write_results, write_sweep
-from mnist_cnn.sweeps.local import Sweep
-from mnist_cnn.sweeps.program import import_program
-from mnist_cnn.sweeps.slurm import Slurm
 
 
 def sweep(
@@ -47,15 +45,15 @@ def sweep(
     max_failures: PositiveInt = 3,
     config_dir: str | None = None,
     launcher: Literal["local", "slurm"] = "local",
-    slurm: Slurm = Slurm(),  # noqa: B008  it cannot be changed
+    slurm: cluster.Slurm = cluster.Slurm(),  # noqa: B008  it cannot be changed
 ) -> int:
-    """Writes a complete config for each point of a grid, runs them, and compares the results.
+    """Writes a complete config for each point of a grid, runs them, and compares the results; 0 if all are finished.
 
     Args:
         base: Config files of the program with which every run begins.
         grid: Key, as on the program's command line -> list of values. The values of the key `config` are config
             files on top of base: a file, a list of files, or null for none.
-        fixed: Key -> value, the same in every run.
+        fixed: Key -> value, in every run in which the grid does not set the key.
         name: Name of the sweep's folder in logs/sweeps and of the runs' group in W&B; null: that of config_dir, or
             "sweep".
         metric: Metric that runs are compared by, as metrics.json names it.
@@ -67,111 +65,90 @@ def sweep(
         config_dir: A folder of config files, each of which is run, instead of base and grid.
         launcher: Where runs are executed: here, one after another, or as SLURM jobs.
         slurm: What the launcher slurm requests for each run.
-
-    Returns:
-        The exit status: 0 if all runs are finished.
     """
     # Settings.
     base, grid, fixed = [base] if isinstance(base, str) else base, flat_keys(grid), flat_keys(fixed)
-    if config_dir:
-        if base or grid:
-            raise UserError("give either config_dir, or base and grid")
-        grid = {"config": sorted(map(str, Path(config_dir).glob("*.yaml")))}
-        if not grid["config"]:
-            raise UserError(f"config_dir {config_dir} has no config files (*.yaml)")
-    check_grid(grid, fixed)
-    import_program(program)
+    files = sorted(Path(config_dir).glob("*.yaml")) if config_dir else []
+    if config_dir and (base or grid):
+        raise UserError("give either config_dir, or base and grid")
+    if config_dir and not files:
+        raise UserError(f"config_dir {config_dir} has no config files (*.yaml)")
+    grid = {"config": [str(file) for file in files]} if files else grid
+    check_grid(grid)
     if launcher == "slurm":
         cluster.check_cluster()
-    root, display = sweep_folder(name, config_dir), Display(metric, mode)
-    settings = {"base": base, "grid": grid, "fixed": fixed, "name": name, "metric": metric, "mode": mode}
+    if name is not None and not re.fullmatch(r"\w[\w.+=@ -]*", name):
+        raise UserError(f"name: {name!r} is not the name of a folder: use letters, digits and . + = @ -")
+    root = Path("logs/sweeps", name or Path(config_dir or "sweep").resolve().name)
+    if config_dir and not name and Path(config_dir, "../.locks").exists():  # the configs of a sweep
+        root = Path(config_dir).parent
     # Points and their complete configs, all checked before anything is written.
-    names = write_configs(root, settings | {"program": program}, limit, bool(config_dir))
+    settings = {"base": base, "grid": grid, "fixed": fixed, "name": name, "metric": metric, "mode": mode}
+    names = write_configs(root, settings | {"program": program}, files, limit)
+    display = Display(metric, mode)
     if dry_run:
         display.print_table([read_run(root, name, metric) for name in names], rows=100)
         display.say(f"{len(names)} runs: {root / 'configs'}")
         return 0
     # Runs, each in a process of its own; results.csv after each.
-    todo = Sweep(root, names, program, metric)
+    todo = local.Sweep(root, names, program, metric)
     ended = cluster.run_all(todo, display, slurm) if launcher == "slurm" else local.run_all(todo, display)
-    execute(todo, display, ended, max_failures)
+    runs = execute(todo, display, ended, max_failures)
     # Table and report.
-    return summarize(todo, display)
+    return summarize(todo, display, runs)
 
 
-def sweep_folder(name: str | None, config_dir: str | None) -> Path:
-    """The sweep's folder: logs/sweeps/NAME, or the one that has config_dir as its configs."""
-    if name is not None and not re.fullmatch(r"\w[\w.+=@ -]*", name):
-        raise UserError(f"name: {name!r} is not the name of a folder: use letters, digits and . + = @ -")
-    if config_dir and not name and Path(config_dir, "../.locks").exists():
-        return Path(config_dir).parent
-    return Path("logs/sweeps", name or Path(config_dir or "sweep").resolve().name)
-
-
-def write_configs(root: Path, settings: dict[str, Any], limit: int | None, is_config_dir: bool) -> list[str]:
+def write_configs(root: Path, settings: dict[str, Any], files: list[Path], limit: int | None) -> list[str]:
     """Checks the complete configs of all points, writes those that do not exist yet, and returns the runs' names."""
     grid = settings["grid"]
-    sizes = [len(values) for values in grid.values()]
-    points = list(itertools.islice(itertools.product(*map(range, sizes)), limit))
+    points = list(itertools.islice(itertools.product(*(range(len(values)) for values in grid.values())), limit))
     print(f"checking {len(points)} configs", flush=True)
-    configs = complete_configs(functools.partial(parse, settings), sizes, points)
-    swept = [{key: values[index] for (key, values), index in zip(grid.items(), point)} for point in points]
+    configs = complete_configs(functools.partial(parse, settings), points)
     with lock(root, "sweep"):
-        names = run_names((path.stem for path in (root / "configs").glob("*.yaml")), grid, points)
-        if is_config_dir:
-            files = [Path(values["config"]) for values in swept]
+        if files:
             settings, names, swept = {}, [file.stem for file in files], [swept_values(file) for file in files]
-        write_sweep(root, settings, {name: to_yaml(*content) for name, *content in zip(names, configs, swept)})
-    return sorted(names)
+        else:
+            names = run_names((path.stem for path in (root / "configs").glob("*.yaml")), grid)
+            swept = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+        contents = {name: to_yaml(config, values) for name, config, values in zip(names, configs, swept)}
+        write_sweep(root, settings, contents)
+    return sorted(contents)
 
 
-def execute(todo: Sweep, display: Display, ended_runs: Iterator[Run], max_failures: int) -> None:
-    """Executes the runs as the launcher yields them; keeps results.csv and the display up to date."""
+def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[Run], max_failures: int) -> list[Run]:
+    """Executes the runs as the launcher yields them, with results.csv and the display up to date; returns all runs."""
     for number in local.SIGNALS:
         signal.signal(number, todo.interrupt)
-    failures = 0
-    with display.bar:
-        record(todo, display)
-        for run in ended_runs:
-            record(todo, display, run)
-            failures = failures + 1 if run.status == "failed" else 0
+    failures, runs = 0, []
+    for ended in itertools.chain([None], ended_runs, [None]):  # before the runs, after each, and after all
+        runs = read_runs(todo.root, todo.metric)
+        write_results(todo.root, runs)
+        runs = [run for run in runs if run.name in todo.names]
+        display.update(runs, ended)
+        if ended:
+            failures = failures + 1 if ended.status == "failed" else 0
             todo.gave_up = failures >= max_failures
-
-
-def record(todo: Sweep, display: Display, ended: Run | None = None) -> list[Run]:
-    """Writes results.csv, checks the metric's name and updates the display; returns the runs that are asked for."""
-    runs = read_runs(todo.root, todo.metric)
-    write_results(todo.root, runs)
-    runs = [run for run in runs if run.name in todo.names]
-    for best in sort_runs(runs, todo.metric, display.mode)[:1]:
-        if todo.metric not in best.metrics:
-            hint = nearest(todo.metric, best.metrics) or f"; it has {', '.join(best.metrics)}"
-            raise UserError(f"{best.name} has no metric {todo.metric}{hint}")
-    display.update(runs, ended)
     return runs
 
 
-def summarize(todo: Sweep, display: Display) -> int:
+def summarize(todo: local.Sweep, display: Display, runs: list[Run]) -> int:
     """Prints the table and the failed runs, writes the report; returns the exit status."""
-    runs = record(todo, display)
-    display.print_table(sort_runs(runs, todo.metric, display.mode))
+    from mnist_cnn.sweeps.report import report  # plotly takes a second
+
+    finished = [run for run in runs if run.status == "finished"]
+    display.print_table(sort_runs(finished, todo.metric, display.mode))
     for run in runs:
         if run.status == "failed":
             display.say(f"failed: {run.name}: {run.reason} (see {todo.root / run.name / 'output.log'})")
-    finished, took = sum(run.status == "finished" for run in runs), duration(time.time() - todo.start)
-    display.say(f"{finished} of {len(runs)} runs are finished, after {took}: {todo.root / 'results.csv'}")
-    try:
-        from mnist_cnn.sweeps.report import report
-
-        display.say(f"report: {report(todo.root, todo.metric, display.mode)}")
-    except ImportError as error:
-        display.say(f"no report.html: {error.name} is missing: pip install '.[report]'")
+    took = timedelta(seconds=round(time.time() - todo.start))
+    display.say(f"{len(finished)} of {len(runs)} runs are finished, after {took}: {todo.root / 'results.csv'}")
+    display.say(f"report: {report(todo.root, todo.metric, display.mode)}")
     if todo.gave_up:
         raise UserError("stopped because too many runs failed in a row (max_failures): see their logs")
     if todo.interrupts:
         display.say("stopped: the same command continues from here")
         return 130
-    return int(finished < len(runs))
+    return int(len(finished) < len(runs))
 
 
 def main(args: list[str] | None = None) -> int:

@@ -35,7 +35,7 @@ def measure(count: int) -> None:
     settings = {"program": "main:main", "base": [f"{REPO}/configs/base.yaml"], "fixed": {}, "grid": axes}
     program.import_program("main:main")
     start = time.monotonic()
-    names = sweep.write_configs(Path("logs/sweeps/many"), settings, None, False)
+    names = sweep.write_configs(Path("logs/sweeps/many"), settings, [], None)
     seconds = time.monotonic() - start
     assert len(names) == len(os.listdir("logs/sweeps/many/configs")) == count
     start = time.monotonic()

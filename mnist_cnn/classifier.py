@@ -42,13 +42,12 @@ class LitClassifier(Experiment):
         """Logits [N, C] of images [N, 1, H, W]."""
         return self.net(images)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy of the batch, in nats."""
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Mean cross-entropy of the batch, in nats, and whether each prediction is right [N]."""
         images, targets = batch
         logits = self(images)
         loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-        self.log_mean({"train/loss": loss, "train/acc": accuracy(logits, targets)})
-        return loss
+        return {"loss": loss, "acc": logits.argmax(dim=1) == targets}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.evaluate(batch, "val")
@@ -61,15 +60,11 @@ class LitClassifier(Experiment):
         """Logs loss and accuracy, which Lightning averages over batches and processes; returns logits [N, C]."""
         images, targets = batch
         logits = self(images)
+        accuracy = (logits.argmax(dim=1) == targets).float().mean()
         self.log(f"{stage}/loss", F.cross_entropy(logits, targets), batch_size=len(targets), sync_dist=True)
-        self.log(f"{stage}/acc", accuracy(logits, targets), batch_size=len(targets), sync_dist=True, prog_bar=True)
+        self.log(f"{stage}/acc", accuracy, batch_size=len(targets), sync_dist=True, prog_bar=True)
         return logits
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Probabilities [N, C] of the images."""
         return self(batch[0]).softmax(dim=1)
-
-
-def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Fraction of the targets [N] that are the class with the highest logit [N, C]."""
-    return (logits.argmax(dim=1) == targets).float().mean()

@@ -1,15 +1,10 @@
-"""MNISTDataModule: MNIST and its drop-in siblings, held in memory as uint8 and cut into whole batches.
-
-A Dataset that returns one image at a time makes an epoch cost several times what the net costs. Here a batch is one
-indexing operation, and becomes float and normalised on the device.
-"""
+"""MNISTDataModule: MNIST and its siblings, in memory as uint8; a batch is one operation, normalised on the device."""
 
 import contextlib
 import functools
 import gzip
 import itertools
 import os
-import struct
 import warnings
 import zlib
 from pathlib import Path
@@ -60,10 +55,10 @@ class MNISTDataModule(LightningDataModule):
         split_seed: Seed that chooses the validation images.
         eval_batch_size: Images in a step of validation, test and prediction; changes speed and memory only.
         drop_last: Whether an incomplete last training batch is dropped.
-        mean: Subtracted from pixels in [0, 1]. Default: the mean of MNIST's training images.
-        std: Divides pixels in [0, 1]. Default: the standard deviation of MNIST's training images.
+        mean: Subtracted from pixels in [0, 1]; by default the mean of MNIST's training images.
+        std: Divides pixels in [0, 1]; by default the standard deviation of MNIST's training images.
         num_workers: Worker processes of a DataLoader; 0 is fastest for images in memory.
-        predict_dir: Folder of PNG or JPEG files to predict instead of the test set.
+        predict_dir: An image file, or a folder of them, to predict instead of the test set.
         augment: Modules that change the training images in turn, on the device, before they are normalised: from
             [N, 1, H, W] in [0, 1] to the same, with separate random numbers for each image, as in kornia.augmentation.
     """
@@ -87,26 +82,23 @@ class MNISTDataModule(LightningDataModule):
         self.data_dir, self.dataset = data_dir, getattr(datasets, dataset)
         self.classes = [name.split(" - ")[0] for name in self.dataset.classes]  # MNIST's are called "0 - zero"
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
-        self.val_size, self.split_seed = val_size, split_seed
-        self.mean, self.std = mean, std
-        self.num_workers = num_workers
-        self.predict_dir = predict_dir
+        self.val_size, self.split_seed, self.predict_dir = val_size, split_seed, predict_dir
+        self.mean, self.std, self.num_workers = mean, std, num_workers
         self.augment = nn.Sequential(*(augment or []))
         self.sets: dict[str, TensorBatches] = {}  # train, val, test, predict, once they have been read
         self.predict_names: list[str] = []
         self.unreadable: list[str] = []  # files of predict_dir that are no images, each with the reason
 
     def prepare_data(self) -> None:
-        """Downloads the archives if one is missing."""
+        """Downloads the archives if one is missing and needed."""
         raw = Path(self.data_dir, self.dataset.__name__, "raw")
         missing = [raw / name for name, _ in self.dataset.resources if not (raw / name).exists()]
         if missing and not (self.predict_dir and self.trainer and self.trainer.predicting):
             try:
                 self.dataset(self.data_dir, download=True)
             except (OSError, RuntimeError) as error:
-                for folder in (raw, raw.parent, raw.parent.parent):  # which torchvision has created
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
+                with contextlib.suppress(OSError):
+                    os.removedirs(raw)  # those that torchvision has created
                 raise UserError(f"{missing[0]} is missing and cannot be downloaded ({error}): copy it there") from error
 
     def setup(self, stage: str) -> None:
@@ -127,77 +119,61 @@ class MNISTDataModule(LightningDataModule):
             self.sets["test"] = TensorBatches(*self._read("t10k"))
 
     def train_dataloader(self) -> DataLoader:
-        """Batches in an order that depends on seed and epoch alone, since Lightning tells the sampler the epoch."""
-        images, drop_last = self.sets["train"], self.drop_last
-        sampler: DistributedSampler = DistributedSampler(images, *self._replicas(), True, seed(), drop_last)
-        loader = self._loader("train", self.batch_size, sampler, drop_last)
-        loader.epoch_loop = self.trainer and self.trainer.fit_loop.epoch_loop
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
-        return loader
+        return self._loader("train")
 
     def val_dataloader(self) -> DataLoader:
-        """Every validation image once, in order."""
-        return self._eval_loader("val")
+        return self._loader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """Every test image once, in order."""
-        return self._eval_loader("test")
+        return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """Every image of predict_dir, or else of the test set, once, in order."""
-        return self._eval_loader("test" if self.predict_dir is None else "predict")
+        return self._loader("test" if self.predict_dir is None else "predict")
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Turns uint8 [N, 28, 28] into float [N, 1, 28, 28], augmented in training, normalised; on the device."""
         images, targets = batch
-        module = self.trainer and self.trainer.lightning_module
-        images = images.unsqueeze(1).float()
+        images = images.unsqueeze(1)
         if self.augment and self.trainer and self.trainer.training:
-            images = self.augment.to(images)(images.div_(255)).mul_(255)
-        images.sub_(255 * self.mean).div_(255 * self.std)
-        return images.to(module.dtype if module else torch.float32), targets
+            images = self.augment.to(images.device)(images.div(255)).mul_(255)
+        images = images.sub(255 * self.mean).div_(255 * self.std)
+        return images.to(self.trainer.lightning_module.dtype) if self.trainer else images, targets
 
-    def _replicas(self) -> tuple[int, int]:
-        """Number of processes and the rank of this one."""
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-
-    def _eval_loader(self, name: str) -> DataLoader:
-        # Unlike torch's, this sampler repeats no image to make the processes' shares equal.
-        sampler = UnrepeatedDistributedSampler(self.sets[name], *self._replicas(), shuffle=False)
-        return self._loader(name, self.eval_batch_size, sampler, drop_last=False)
-
-    def _loader(self, name: str, batch_size: int, sampler: DistributedSampler, drop_last: bool) -> ResumableLoader:
-        return ResumableLoader(
-            self.sets[name],
-            batch_size=batch_size,
+    def _loader(self, name: str) -> DataLoader:
+        images, trainer, is_train = self.sets[name], self.trainer, name == "train"
+        processes = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        if is_train:  # Lightning tells it the epoch
+            sampler: DistributedSampler = DistributedSampler(images, *processes, True, seed(), self.drop_last)
+        else:  # repeats no image to make the processes' shares equal
+            sampler = UnrepeatedDistributedSampler(images, *processes, shuffle=False)
+        loader = ResumableLoader(
+            images,
+            batch_size=self.batch_size if is_train else self.eval_batch_size,
             sampler=sampler,
-            drop_last=drop_last,
+            drop_last=self.drop_last and is_train,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=tuple,  # __getitems__ returns a batch
             generator=torch.Generator().manual_seed(seed()),  # not the global one, from which the model draws
         )
+        loader.epoch_loop = trainer.fit_loop.epoch_loop if trainer and is_train else None
+        return loader
 
     def _read(self, name: str) -> tuple[Tensor, Tensor]:
-        """Images uint8 [N, H, W] and targets int64 [N] of train or t10k."""
+        """Images uint8 [N, 28, 28] and targets int64 [N] of train or t10k, behind headers of 16 and 8 bytes."""
         raw = Path(self.data_dir, self.dataset.__name__, "raw")
-        images, targets = (read_idx(raw / f"{name}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
-        return images, targets.long()
+        images = read_gzip(raw / f"{name}-images-idx3-ubyte.gz")[16:].view(-1, 28, 28)
+        return images, read_gzip(raw / f"{name}-labels-idx1-ubyte.gz")[8:].long()
 
 
 @functools.cache
-def read_idx(path: Path) -> Tensor:
-    """Reads a gzipped file of unsigned bytes in MNIST's IDX format: uint8, of the shape that the file says.
-
-    The format, as its authors describe it: two zero bytes, type, number of dimensions, their sizes, values.
-    """
+def read_gzip(path: Path) -> Tensor:
+    """The bytes in a gzip archive, whose check sum gzip verifies: uint8 [N]."""
     try:
-        content = bytearray(gzip.decompress(path.read_bytes()))
+        return torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is missing or damaged ({error}): restore it, or delete it to download it") from error
-    dimensions = content[3]
-    shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
-    return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * dimensions).view(shape)
 
 
 def seed() -> int:

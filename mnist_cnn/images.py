@@ -1,6 +1,5 @@
 """A user's own images of digits, prepared as MNIST was."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,29 +10,25 @@ from torch import Tensor
 from mnist_cnn.run.errors import UserError
 
 
-def read_images(folder: str) -> tuple[Tensor, list[str], list[str]]:
-    """Reads all PNG and JPEG files of a folder, sorted by name, and prepares them as MNIST was.
+def read_images(source: str) -> tuple[Tensor, list[str], list[str]]:
+    """Reads an image file, or all those in a folder and its subfolders, and prepares them as MNIST was.
 
     Returns:
         uint8 [N, 28, 28]; the N file names; the files that could not be read, each with the reason.
-
-    Raises:
-        UserError: If no image could be read.
     """
-    if not os.path.isdir(folder):
-        raise UserError(f"predict_dir {folder} is not a folder")
+    root, known = Path(source), Image.registered_extensions()
+    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.suffix.lower() in known)
     images, names, unreadable = [], [], []
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-            continue
+    for file in files:
+        name = file.name if file == root else file.relative_to(root).as_posix()
         try:
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 images.append(to_mnist(image))
-            names.append(path.name)
+            names.append(name)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            unreadable.append(f"{path.name} ({error})")
+            unreadable.append(f"{name} ({error})")
     if not images:
-        raise UserError("; ".join([f"predict_dir {folder} has no readable PNG or JPEG image", *unreadable]))
+        raise UserError("; ".join([f"predict_dir {source} has no readable image", *unreadable]))
     return torch.stack(images), names, unreadable
 
 
@@ -46,10 +41,7 @@ def to_mnist(image: Image.Image) -> Tensor:
         image: Any size and mode, dark on light or light on dark; the median of its border counts as background.
 
     Returns:
-        uint8 [28, 28].
-
-    Raises:
-        ValueError: If the image is blank.
+        uint8 [28, 28]. A blank image raises a ValueError.
     """
     image = ImageOps.exif_transpose(image)
     if "A" in image.getbands() or "transparency" in image.info:

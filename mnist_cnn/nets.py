@@ -46,7 +46,7 @@ class CNN(nn.Module):
 class StackCNN(nn.Sequential):
     """Convolutions without bias, each with batch normalisation, ReLU and perhaps max pooling; then a linear layer.
 
-    The layers are named conv1, norm1, relu1, pool1 and so on.
+    The layers are named conv1, norm1, relu1, pool1 and so on. A ValueError says if nothing of the image is left.
 
     Args:
         channels: Channels out of each convolution.
@@ -54,9 +54,6 @@ class StackCNN(nn.Sequential):
         strides: Stride of each one.
         paddings: Zero padding of each one.
         pools: Size of the max pooling after each one; 1: none.
-
-    Raises:
-        ValueError: If the lists do not have the same length, or nothing of the image is left.
     """
 
     def __init__(

@@ -14,12 +14,9 @@ class WarmupCosineLR(LambdaLR):
 
     Args:
         optimizer: Whose learning rate it is.
-        total_steps: Steps of the whole training; null: as many as the trainer will make.
+        total_steps: Steps of the whole training; null, which needs a trainer: as many as that will make.
         warmup: Share of the steps in which it rises, from 0 to 1.
         final: Learning rate at the end, as a share of the optimizer's.
-
-    Raises:
-        ValueError: If total_steps is null and there is no trainer.
     """
 
     def __init__(

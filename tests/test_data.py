@@ -192,6 +192,12 @@ def test_a_folder_is_read_by_name_and_its_broken_files_are_named(tmp_path):
     (tmp_path / "c.png").write_bytes(b"no image")
     Image.new("L", (50, 50), 255).save(tmp_path / "blank.png")
     (tmp_path / "notes.txt").write_text("not looked at")
+    (tmp_path / "more").mkdir()
+    for suffix in ("bmp", "tif", "webp"):
+        picture().convert("RGB").save(tmp_path / f"more/d.{suffix}")
     images, names, unreadable = read_images(str(tmp_path))
-    assert names == ["a.JPG", "b.png"] and images.shape == (2, 28, 28)
+    assert names == ["a.JPG", "b.png", "more/d.bmp", "more/d.tif", "more/d.webp"]
+    assert torch.equal(images[1], images[2]) and torch.equal(images[1], images[3])
+    single, name, _ = read_images(str(tmp_path / "b.png"))
+    assert torch.equal(single, images[1:2]) and name == ["b.png"]
     assert [line.split()[0] for line in unreadable] == ["blank.png", "c.png"]

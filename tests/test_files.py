@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import BRIEF, LAST, main
 
+from mnist_cnn.run.errors import UserError
 from mnist_cnn.run.files import AtomicCheckpointIO, write_atomically
-from mnist_cnn.run.folder import new_version, versions
+from mnist_cnn.run.folder import RunFolder, new_version, versions
 
 
 class Fails:
@@ -67,3 +68,12 @@ def test_many_at_once_get_a_folder_each(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: new_version(tmp_path / "logs"), range(40)))
     assert sorted(made) == sorted(tmp_path / "logs" / f"version_{n}" for n in range(40))
+
+
+def test_a_folder_that_cannot_be_created_costs_no_other_run(tmp_path):
+    other = tmp_path / f"version_{'9' * 247}"  # the next name would be too long
+    other.mkdir()
+    (other / "metrics.json").touch()
+    with pytest.raises(UserError, match="not writable"):
+        RunFolder(tmp_path, "", is_parent=True)
+    assert (other / "metrics.json").exists()

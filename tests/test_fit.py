@@ -214,6 +214,7 @@ def test_wandb_has_the_same_metrics_histograms_and_pictures(wandb_run, fitted, e
 def test_no_key_ends_up_in_a_file(folder, monkeypatch, capfd):
     key = "5ec2e7" + "0123456789abcdef" * 2 + "ab"
     monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setenv("WANDB_MODE", "offline")  # Lightning sets it and leaves it to the next run
     main([*BRIEF, "--wandb={project: mnist, save_dir: logs, offline: true}"])
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert [path for path in files if path.name.endswith(".wandb")]
@@ -247,6 +248,13 @@ def test_any_loggers_have_one_folder_a_run(folder, loggers):
         assert bool(list(run.glob("events.*"))) == (loggers in (LOGGERS["TensorBoard alone"], LOGGERS["a list"]))
     offline = list(folder.glob("logs/wandb/offline-run-*/*.wandb"))
     assert len(offline) == (2 if loggers in (LOGGERS["W&B alone"], LOGGERS["a list"]) else 0)
+
+
+def test_an_evaluation_can_be_logged_to_wandb(fitted, folder, capfd):
+    wandb = ["--trainer.logger=WandbLogger", "--trainer.logger.save_dir=logs"]
+    main(["test", fitted.config, "--ckpt_path=best", *wandb])
+    (run,) = folder.glob("logs/wandb/offline-run-*")
+    assert f"wandb sync {run.relative_to(folder)}" in capfd.readouterr().out
 
 
 def test_no_checkpoints_means_the_last_weights(folder):

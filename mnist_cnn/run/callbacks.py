@@ -1,15 +1,15 @@
 """Callbacks of every experiment: graph, histograms, progress, and the file that predict writes."""
 
 import csv
+import functools
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from tqdm import tqdm
@@ -23,7 +23,6 @@ class ModelGraph(Callback):
     """Logs the graph of the net to TensorBoard, traced with the first image of the first training batch."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Traces at the first step."""
         if trainer.global_step or batch_idx or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
@@ -35,10 +34,10 @@ class ModelGraph(Callback):
 
 
 class Histograms(Callback):
-    """Logs histograms of all parameters, gradients and layer outputs every n steps.
+    """Logs histograms of parameters, gradients and layer outputs, as param/..., grad/... and act/... with their paths.
 
     All values are from the same step, without an extra pass: outputs of its forward pass, gradients of its backward
-    pass, the parameters that both used. Their names are param/..., grad/... and act/... with the module's path.
+    pass, the parameters that both used.
 
     Args:
         every_n_steps: Optimizer steps between two sets of histograms; the first is at step 0.
@@ -46,8 +45,7 @@ class Histograms(Callback):
     """
 
     def __init__(self, every_n_steps: PositiveInt = 250, bins: PositiveInt = 64) -> None:
-        self.every_n_steps = every_n_steps
-        self.bins = bins
+        self.every_n_steps, self.bins = every_n_steps, bins
         self._outputs: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
 
@@ -56,8 +54,9 @@ class Histograms(Callback):
         self._unhook()  # with accumulated gradients, the last batch of the step counts
         if trainer.global_step % self.every_n_steps == 0 and trainer.loggers and trainer.is_global_zero:
             for name, module in pl_module.named_modules():
-                if not any(module.children()):
-                    self._hooks.append(module.register_forward_hook(self._keep_output(name)))
+                if not list(module.children()):
+                    hook = functools.partial(self._keep_output, name)
+                    self._hooks.append(module.register_forward_hook(hook))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Logs the step's values before the parameters change."""
@@ -71,12 +70,9 @@ class Histograms(Callback):
         log_histograms(trainer, values, self.bins)
         self._unhook()
 
-    def _keep_output(self, name: str) -> Any:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                self._outputs[name] = output.detach()
-
-        return hook
+    def _keep_output(self, name: str, module: Any, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self._outputs[name] = output.detach()
 
     def _unhook(self) -> None:
         for hook in self._hooks:
@@ -108,16 +104,12 @@ class EpochProgressBar(TQDMProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         if trainer.is_global_zero:
-            stages: dict[str, str] = {}  # of the metrics that are named stage/metric
-            for name, value in trainer.callback_metrics.items():
-                stage, _, metric = name.partition("/")
-                if metric:
-                    stages[stage] = stages.get(stage, stage) + f" {metric} {value:.4f}"
+            metrics = [f"{name} {value:.4f}" for name, value in trainer.callback_metrics.items()]
             seconds = time.monotonic() - getattr(self, "_start", time.monotonic())  # not set if resumed in the epoch
-            tqdm.write("  ".join([f"epoch {trainer.current_epoch:2}", *stages.values(), f"{seconds:.1f} s"]))
+            tqdm.write("  ".join([f"epoch {trainer.current_epoch:2}", *metrics, f"{seconds:.1f} s"]))
 
 
-class PredictionWriter(BasePredictionWriter):
+class PredictionWriter(Callback):
     """Writes predicted probabilities to a CSV file: file name or index, predicted class, a column for each class.
 
     Args:
@@ -125,25 +117,26 @@ class PredictionWriter(BasePredictionWriter):
     """
 
     def __init__(self, path: str = "predictions.csv") -> None:
-        super().__init__(write_interval="epoch")
         self.path = path
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             raise UserError("predictions are written by one process: give --trainer.devices=1")
+        self._probabilities: list[Tensor] = []
 
-    def write_on_epoch_end(
-        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self._probabilities.append(outputs.cpu())
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the file, then reports the files of predict_dir that are not images."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        probabilities = torch.cat(list(predictions))
+        probabilities = torch.cat(self._probabilities)
         names = getattr(data, "predict_names", None)
-        header = ["file" if names else "index", "predicted", *(f"p{i}" for i in range(probabilities.shape[1]))]
         try:
             with write_atomically(self.path) as file:
                 writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(header)
+                classes = (f"p{index}" for index in range(probabilities.shape[1]))
+                writer.writerow(["file" if names else "index", "predicted", *classes])
                 for name, row in zip(names or range(len(probabilities)), probabilities):
                     writer.writerow([name, int(row.argmax()), *(f"{p:.6f}" for p in row.tolist())])
         except OSError as error:

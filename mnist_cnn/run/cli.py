@@ -1,8 +1,6 @@
 """ExperimentCLI: LightningCLI and what a whole experiment needs around a fit, in the order in which it happens."""
 
-import json
 import os
-import re
 import signal
 import sys
 import time
@@ -13,9 +11,9 @@ import torch
 import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -24,11 +22,10 @@ from mnist_cnn.run.config import check_config_files, with_subcommand
 from mnist_cnn.run.errors import Parser, UserError, fail
 from mnist_cnn.run.experiment import Experiment
 from mnist_cnn.run.files import AtomicCheckpointIO
-from mnist_cnn.run.folder import RunFolder, check_checkpoint, find_checkpoint
+from mnist_cnn.run.folder import RunFolder, best_checkpoint, check_checkpoint, find_checkpoint, write_metrics
 from mnist_cnn.run.loggers import RunFolderTensorBoard, finish_wandb, start_wandb
-from mnist_cnn.run.named import add_named_arguments, as_list, named_callbacks, named_loggers
+from mnist_cnn.run.named import CALLBACKS, LOGGERS, all_callbacks, as_list
 from mnist_cnn.run.quiet import silence_libraries
-from mnist_cnn.run.speed import speed_up
 from mnist_cnn.run.stop import StopBySignal
 
 
@@ -45,21 +42,17 @@ class ExperimentCLI(LightningCLI):
     run: RunFolder | None = None  # in the main process of a fit
     metrics: dict[str, float] = {}  # noqa: RUF012  those of the best checkpoint, at the end
 
-    def __init__(self, args: ArgsType = None) -> None:
+    def __init__(self, args: list[str] | None = None) -> None:
         silence_libraries()
-        if args is None or isinstance(args, list):
-            args = with_subcommand(sys.argv[1:] if args is None else args)
-        self.given_subcommand = args[0] if isinstance(args, list) and args else ""
-        self.wandb_runs: list[Any] = []
+        os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier run in this process
+        args = with_subcommand(sys.argv[1:] if args is None else args)
+        self.given_subcommand = args[0] if args else ""
         self.stop = StopBySignal()
         status = 1
         with self.stop:
             try:
+                check_config_files(args)
                 super().__init__(
-                    LightningModule,
-                    LightningDataModule,
-                    subclass_mode_model=True,
-                    subclass_mode_data=True,
                     auto_configure_optimizers=False,
                     save_config_callback=None,  # RunFolder writes it, whatever the loggers
                     parser_class=Parser,
@@ -67,18 +60,16 @@ class ExperimentCLI(LightningCLI):
                 )
                 status = 0
             except (Exception, SystemExit) as error:
-                if number := self.stop.received:  # a DataLoader's worker may have got the signal, too, and be missed
-                    fail(f"stopped by {number.name}{self.how_to_resume()}", 128 + number)
-                reported = isinstance(error, UserError | MisconfigurationException | FloatingPointError)
-                if reported or "Early stopping conditioned on metric" in str(error):  # misspelt, or not logged
-                    fail(str(error))
+                self.report(error)
                 raise
             finally:
                 self.close(status)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the named callbacks and loggers, and the run's own settings."""
-        add_named_arguments(parser)
+        for name, kind in {**CALLBACKS, **LOGGERS}.items():
+            text = f"A {kind.__name__} with its arguments; null disables it."
+            parser.add_argument(f"--{name}", type=Optional[kind], default=None, help=text)  # noqa: UP045
         text = "Whether fit ends with validating and testing the best checkpoint and writing metrics.json."
         parser.add_argument("--evaluate_best", type=bool, default=True, help=text)
         text = "Number of CPU threads. Results with another number differ in the last digits."
@@ -89,25 +80,19 @@ class ExperimentCLI(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Only the given subcommand; building the parser of each takes a tenth of a second."""
         every = LightningCLI.subcommands()
-        return {self.given_subcommand: every[self.given_subcommand]} if self.given_subcommand in every else every
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        if isinstance(args, list):
-            check_config_files(args)
-        super().parse_arguments(parser, args)
+        return {name: every[name] for name in every if name == self.given_subcommand} or every
 
     def _parse_ckpt_path(self) -> None:
         """Overrides LightningCLI's, which would take settings from the checkpoint; here they come from the YAML."""
 
     def _set_seed(self) -> None:
-        os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier run in this process
         try:
             super()._set_seed()
         except ValueError as error:
             raise UserError(f"seed_everything: {error}") from error
 
     def before_instantiate_classes(self) -> None:
-        """Finds the checkpoint that `best` or `last` means, and keeps the complete config for the run's folder."""
+        """Finds the checkpoint that `best` or `last` means."""
         config = self.config[self.subcommand]
         given = config.ckpt_path
         if given in ("best", "last") or (given is None and self.subcommand != "fit"):
@@ -115,24 +100,14 @@ class ExperimentCLI(LightningCLI):
             root = Path(config.trainer.default_root_dir or ".")
             config.ckpt_path = find_checkpoint(root, files, given or "best")
         torch.set_num_threads(config.num_threads)
-        dump = self.parser.dump(self.config, "json", skip_unset=False, skip_validation=True)
-        # A rerun starts at the beginning and gets a folder of its own.
-        self.settings = {**json.loads(dump)[self.subcommand], "ckpt_path": None, "run_dir": None}
 
     def instantiate_classes(self) -> None:
-        """Instantiates all classes; what a constructor refuses with a ValueError is a wrong setting."""
-        mistakes = (ValueError, ImportError, MisconfigurationException, UserError)
-        try:
-            super().instantiate_classes()
-            if isinstance(self.model, Experiment):
-                self.model.configure_optimizers()  # a trial, so that a wrong setting fails before anything is written
-        except mistakes as error:
-            cause: BaseException = error  # jsonargparse wraps the exceptions of constructors
-            while inner := cause.__cause__ or cause.__context__:
-                cause = inner
-            if isinstance(cause, mistakes):
-                raise UserError(str(cause)) from error
-            raise
+        """Instantiates all classes, and gives the model its settings as hyperparameters."""
+        super().instantiate_classes()
+        if isinstance(self.model, Experiment):
+            self.model.configure_optimizers()  # a trial, so that a wrong setting fails before anything is written
+        # The complete config. A rerun starts at the beginning and gets a folder of its own.
+        self.settings = {**self.config_dump, "ckpt_path": None, "run_dir": None}
         # With its settings in the checkpoint, load_from_checkpoint needs nothing else.
         model, instantiator = self.settings["model"], "lightning.pytorch.cli.instantiate_module"
         hparams = model.get("init_args", {}) | {"_class_path": model["class_path"], "_instantiator": instantiator}
@@ -140,93 +115,90 @@ class ExperimentCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the named callbacks and loggers to the trainer's own."""
-        config, is_fit = self.config_init[self.subcommand], self.subcommand == "fit"
-        kwargs["logger"] = named_loggers(config) if is_fit else False  # an evaluation prints its numbers
-        if config.trainer.logger not in (None, True):
-            kwargs["logger"] = config.trainer.logger
-        callbacks = as_list(config.trainer.callbacks)
-        callbacks += named_callbacks(config, callbacks, is_fit, has_loggers=bool(kwargs["logger"]))
-        self.saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-        callbacks += [self.stop] if is_fit else []
-        kwargs["profiler"] = speed_up(config.trainer.profiler)
-        kwargs["enable_checkpointing"] = is_fit  # StopBySignal is a Checkpoint
-        kwargs["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        config = self.config_init[self.subcommand]
+        loggers = config.trainer.logger
+        if loggers in (None, True):  # an evaluation prints its numbers
+            loggers = [config[name] for name in LOGGERS if config[name] and self.subcommand == "fit"]
+        callbacks = [*all_callbacks(config, has_loggers=bool(loggers)), self.stop]
         plugins = as_list(config.trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins += [AtomicCheckpointIO()]
-        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        kwargs["enable_checkpointing"] = True  # StopBySignal is a Checkpoint
+        kwargs["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        return super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
 
     def before_fit(self) -> None:
-        """Checks the checkpoint, creates the run's folder, and starts the loggers."""
+        """Checks the checkpoint, creates the folder of a fit, and starts the loggers."""
         self.start = time.monotonic()
         trainer, config = self.trainer, self.config[self.subcommand]
-        self.check_checkpoint()
+        if config.ckpt_path is not None and "://" not in str(config.ckpt_path):
+            check_checkpoint(config.ckpt_path, self.model, config.weights_only, resume=self.subcommand == "fit")
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        resumed = f"# resumed from {config.ckpt_path}\n" if config.ckpt_path else ""
-        content = resumed + yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
-        given = config.run_dir or next((logger.log_dir for logger in trainer.loggers if logger.log_dir), None)
-        folder = Path(given or trainer.default_root_dir)
-        self.run = RunFolder(folder, content, is_parent=given is None)
-        self.stop.path = self.run.last_checkpoint if self.saves else None
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(self.run.path.absolute() / "checkpoints")
+        if self.subcommand == "fit":
+            resumed = f"# resumed from {config.ckpt_path}\n" if config.ckpt_path else ""
+            content = resumed + yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
+            given = config.run_dir or next((logger.log_dir for logger in trainer.loggers if logger.log_dir), None)
+            self.run = RunFolder(Path(given or trainer.default_root_dir), content, is_parent=given is None)
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint):
+                    callback.dirpath = callback.dirpath or str(self.run.path.absolute() / "checkpoints")
+                    self.stop.path = self.run.path / "checkpoints/last.ckpt"
         for logger in trainer.loggers:
-            if isinstance(logger, RunFolderTensorBoard):
+            if isinstance(logger, RunFolderTensorBoard) and self.run:
                 logger.start(self.run.path)
             elif isinstance(logger, WandbLogger):
-                self.wandb_runs.append(start_wandb(logger))
+                start_wandb(logger)
                 logger.log_hyperparams(self.settings)
 
-    def check_checkpoint(self) -> None:
-        """Checks a checkpoint in a local file before anything is written."""
-        config = self.config[self.subcommand]
-        if config.ckpt_path is not None and not re.match(r"hpc$|registry|\w+://", str(config.ckpt_path)):
-            check_checkpoint(config.ckpt_path, self.model, config.weights_only, resume=self.subcommand == "fit")
-
-    before_validate = before_test = before_predict = check_checkpoint
+    before_validate = before_test = before_predict = before_fit
 
     def after_fit(self) -> None:
         """Validates and tests the best checkpoint, prints its metrics and writes them to metrics.json."""
         trainer, config = self.trainer, self.config_init.fit
         if trainer.fast_dev_run or not config.evaluate_best:  # type: ignore[attr-defined]
             return
-        seconds, epochs = time.monotonic() - self.start, trainer.current_epoch
-        # The best of a callback with a monitor; without one, the latest checkpoint.
-        callbacks = sorted(trainer.checkpoint_callbacks, key=lambda callback: not getattr(callback, "monitor", None))
-        best = next((path for path in (getattr(c, "best_model_path", None) for c in callbacks) if path), None)
-        metrics: dict[str, Any] = {}
+        seconds, epochs, best = time.monotonic() - self.start, trainer.current_epoch, best_checkpoint(trainer)
+        metrics: dict[str, float] = {}
         for evaluate, step in ((trainer.validate, "validation_step"), (trainer.test, "test_step")):
             if is_overridden(step, self.model):
                 for result in evaluate(self.model, None, best, False, self.datamodule, config.weights_only):
                     metrics |= result
         if self.run:
+            self.metrics = metrics
             for name, value in metrics.items():
                 print(f"{name:10} {value:.4f}")
             print(f"{epochs} epoch{'s' * (epochs != 1)} in {seconds:.0f} s: {self.run.path}")
-            path = best and os.path.relpath(best, self.run.path)
-            self.metrics = metrics
-            self.run.write_metrics(metrics | {"epochs": epochs, "seconds": seconds, "best_checkpoint": path})
+            write_metrics(self.run.path, trainer, metrics, seconds)
 
-    def how_to_resume(self) -> str:
-        """What the message of a stopped run says about resuming it."""
-        if not (self.run and self.stop.trained):
-            return ""
-        if not self.run.last_checkpoint.exists():
-            return "; there is no checkpoint to resume from"
-        return f"; resume with: python main.py fit --config={self.run.path / 'config.yaml'} --ckpt_path=last"
+    def report(self, error: BaseException) -> None:
+        """Exits with one line if a signal has stopped the run, or if the error is a user's mistake."""
+        if number := self.stop.received:  # a DataLoader's worker may have got the signal, too, and be missed
+            resume = ""
+            if self.run and self.stop.trained:
+                command = f"python main.py fit --config={self.run.path / 'config.yaml'} --ckpt_path=last"
+                saved = self.stop.path and self.stop.path.exists()
+                resume = f"; resume with: {command}" if saved else "; there is no checkpoint to resume from"
+            fail(f"stopped by {number.name}{resume}", 128 + number)
+        while isinstance(error, ValueError) and error.__cause__:  # jsonargparse wraps the exceptions of constructors
+            error = error.__cause__
+        mistakes: tuple[type[Exception], ...] = (UserError, MisconfigurationException, FloatingPointError)
+        if not hasattr(self, "settings"):  # what a constructor refuses is a wrong setting
+            mistakes += (ValueError, ImportError)
+        if isinstance(error, mistakes) or "Early stopping conditioned on metric" in str(error):  # which is not logged
+            fail(str(error))
 
     def close(self, status: int) -> None:
         """Closes the loggers; removes the folder of a run that failed before its first step."""
+        if not hasattr(self, "trainer"):
+            return
         keep = status == 0 or self.stop.trained
-        if status and hasattr(self, "trainer") and self.trainer.strategy.launcher:
+        if status and self.trainer.strategy.launcher:
             self.trainer.strategy.launcher.kill(signal.SIGKILL)  # other processes would wait for this one
-        for logger in self.trainer.loggers if self.run else ():
-            if isinstance(logger, RunFolderTensorBoard):
-                shown = {name: self.settings[name] for name in ("seed_everything", "model", "data")}
-                logger.close(shown, self.metrics)
-        for run in self.wandb_runs:
-            finish_wandb(run, status, keep)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunFolderTensorBoard) and self.run:
+                logger.close(self.settings, self.metrics)
+            elif isinstance(logger, WandbLogger):
+                finish_wandb(status, keep)
         if self.run and not keep:
             self.run.discard()

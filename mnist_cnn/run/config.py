@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +11,35 @@ import yaml
 from mnist_cnn.run.errors import UserError
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
-FLAGS = ("-h", "--help", "--print_config")  # options that take no value of their own
 
 
 def with_subcommand(args: list[str]) -> list[str]:
     """Moves the subcommand to the front; without one, the options are those of fit."""
-    takes_value = False
-    for index, arg in enumerate(args):
-        if not takes_value and not arg.startswith("-"):
-            if arg in SUBCOMMANDS or index == 0:  # an unknown word is left for the parser to report
-                return [arg, *args[:index], *args[index + 1 :]]
-            break
-        takes_value = arg.startswith("-") and "=" not in arg and arg not in FLAGS
-    return ["fit", *args] if args and args[0] not in ("-h", "--help") else args
+    for index, (before, arg) in enumerate(itertools.pairwise(["", *args])):
+        is_value = before.startswith("-") and "=" not in before
+        if arg in SUBCOMMANDS and not is_value:
+            return [arg, *args[:index], *args[index + 1 :]]
+    only_options = args and args[0].startswith("-") and args[0] not in ("-h", "--help")
+    return ["fit", *args] if only_options else args
 
 
 def check_config_files(args: list[str]) -> None:
     """Checks that the config files of a command line are YAML with settings; jsonargparse would not name the file."""
-    names = [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-    names += [value for arg, value in itertools.pairwise(args) if arg in ("--config", "-c")]
-    for path in [Path(name) for name in names if "{" not in name and Path(name).is_file()]:
+    for arg, value in itertools.pairwise([*args, ""]):
+        name = value if arg in ("-c", "--config") else arg.removeprefix("--config=")
+        if name == arg or not os.path.isfile(name):
+            continue
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"config file {path} is not valid YAML: {error}") from error
+            raise UserError(f"config file {name} is not valid YAML: {error}") from error
         if not isinstance(content, dict):
-            raise UserError(f"config file {path} {'is empty' if content is None else 'has no settings (key: value)'}")
+            raise UserError(f"config file {name} has no settings (key: value)")
 
 
 def swept_values(path: Path) -> dict[str, Any]:
     """The swept settings (key -> value) that sweep.py writes into a config's first line; {} for other files."""
-    with open(path, encoding="utf-8") as file:
-        line = file.readline()
+    line = path.read_text(encoding="utf-8").partition("\n")[0]
     return json.loads(line.removeprefix("# swept: ")) if line.startswith("# swept: ") else {}
 
 

@@ -1,8 +1,8 @@
 """User mistakes, reported in one line, and the argument parser that reports them."""
 
 import difflib
-import importlib
 import inspect
+import pydoc
 import re
 import sys
 from collections.abc import Iterable
@@ -53,31 +53,25 @@ class Parser(LightningArgumentParser):
 def explain(message: str, known: Iterable[str] = ()) -> str:
     """Shortens jsonargparse's message, of up to 65 lines, to the key, the innermost reason and the value.
 
-    Args:
-        message: jsonargparse's message.
-        known: The keys of the parser, of which the most similar one to a misspelt key is suggested.
+    The most similar one of the known keys is suggested for a misspelt key.
     """
     key = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
     if unknown := re.search(r"(?:Group '(\w+)' does not accept o|O|o)ption '([\w.]+)'|arguments: --([\w.]+)", message):
         name = ".".join(filter(None, unknown.groups()))
         if classes := re.findall(r"class_path[= ]'([\w.]+)'", message):
-            module, _, class_name = classes[-1].rpartition(".")
-            known = inspect.signature(getattr(importlib.import_module(module), class_name)).parameters
+            known = inspect.signature(pydoc.locate(classes[-1])).parameters  # type: ignore[arg-type]
         # An argument of a class may follow the misspelt name: --early_stoping.patience.
         return f"unknown key {key}{key and '.'}{name}{nearest(name, known) or nearest(name.split('.')[0], known)}"
-    message = re.sub(r"Type typing\.\S.* callable class: |Parser key \S+:", "\n", message)
-    lines = (line.strip(" -") for line in message.splitlines())
-    reason = next((line for line in lines if line and not NOISE.match(line)), message).partition(". Got value")[0]
-    given = re.search(r"(?:Got|Given) value: (?!NestedArg|\[?Namespace)(.*?)(?:\. Got value|$)", message, re.MULTILINE)
+    lines = re.split(r"\n[ -]*|Type typing\..* class: |Parser key \S+: ?|\. Got value: ", message)
+    reason = next((line for line in lines if line.strip() and not NOISE.match(line)), message)
     if missing := re.search(r"dot import path string: (\S+)", reason):
-        if missing[1].lower() == "false":
-            return f"{key}: use null, not false, to disable it"
-        reason = f"there is no class {missing[1]} of this kind{similar_class(missing[1])}"
-    elif denied := re.search(r"Importing '([\w.]+)' is not allowed", reason):
-        reason = f"{denied[1]} is not allowed in a config"
-    reason = re.sub(r"Expected (?:an? )?(?:<class '(\w+)'>|typing\.)?", r"expected \1", reason)
-    value = f", got {given[1]!r}" if given and reason.startswith(("expected", "Not a")) else ""
-    return f"{key}: {reason}{value}" if key else reason
+        hint = "; null disables it" if missing[1].lower() == "false" else similar_class(missing[1])
+        return f"{key}: there is no class {missing[1]} of this kind{hint}"
+    value = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value|$)", message, re.MULTILINE)
+    if value and reason.startswith(("Expected", "Not a")):
+        reason = re.sub(r"Expected (?:an? )?(?:<class '(\w+)'>|typing\.)?", r"expected \1", reason)
+        reason += f", got {value[1]!r}"
+    return f"{key}: {reason}" if key else reason
 
 
 def similar_class(name: str) -> str:

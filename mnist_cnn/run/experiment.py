@@ -17,7 +17,8 @@ from mnist_cnn.run.errors import UserError
 class Experiment(LightningModule):
     """A LightningModule with an injected optimizer and schedule, reproducible epochs and a check for divergence.
 
-    A subclass defines its net and its steps; `training_step` returns the loss, `log_mean` logs it.
+    A subclass defines its net and its steps. `training_step` returns the loss, or a dict of `loss` and other tensors;
+    their means over `log_every_n_steps` steps are logged as train/loss and so on.
 
     Args:
         optimizer: Called with the module's parameters.
@@ -30,9 +31,8 @@ class Experiment(LightningModule):
         super().__init__()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self._since_log: dict[str, list[Tensor]] = {}
-        self._log_window = -1  # global_step // log_every_n_steps of what _since_log holds
-        self._losses: list[tuple[int, Tensor]] = []  # optimizer step and loss of the batches not yet checked
+        self._outputs: list[tuple[int, dict[str, Tensor]]] = []  # of the batches not yet logged, each with its step
+        self._window = 0  # global_step // log_every_n_steps at the last logged step
 
     def configure_optimizers(self) -> Any:
         """The injected optimizer, with the injected schedule if there is one."""
@@ -42,8 +42,7 @@ class Experiment(LightningModule):
         # jsonargparse binds all arguments as keywords; Python code may leave some to the signature's defaults.
         arguments = {name: p.default for name, p in inspect.signature(self.lr_scheduler).parameters.items()}
         arguments |= getattr(self.lr_scheduler, "keywords", {})
-        takes_steps = "total_steps" in arguments
-        if takes_steps and arguments["total_steps"] is None and arguments.get("steps_per_epoch") is None:
+        if "total_steps" in arguments and arguments["total_steps"] is None:
             # Before fit, any number serves to check the settings.
             steps = self.trainer.estimated_stepping_batches if self._trainer else 1_000
             if not 1 <= steps < math.inf:
@@ -51,18 +50,16 @@ class Experiment(LightningModule):
             scheduler = self.lr_scheduler(optimizer, total_steps=int(steps))  # type: ignore[call-arg]
         else:
             scheduler = self.lr_scheduler(optimizer)
-        per_step = takes_steps or hasattr(scheduler, "total_steps") or isinstance(scheduler, CyclicLR)
-        config = {
-            "scheduler": scheduler,
-            "interval": "step" if per_step else "epoch",
-            "monitor": getattr(scheduler, "monitor", "val/loss"),  # read for ReduceLROnPlateau only
-        }
-        return [optimizer], [config]
+        interval = "step" if hasattr(scheduler, "total_steps") or isinstance(scheduler, CyclicLR) else "epoch"
+        monitor = getattr(scheduler, "monitor", "val/loss")  # read for ReduceLROnPlateau only
+        return [optimizer], [{"scheduler": scheduler, "interval": interval, "monitor": monitor}]
 
     def on_train_start(self) -> None:
         """Checks that the schedule lasts until the end of training, and that there is a validation to monitor."""
         trainer: Any = self.trainer
-        for config in trainer.lr_scheduler_configs:
+        self._window = self.global_step // max(1, trainer.log_every_n_steps)
+        schedules = trainer.lr_scheduler_configs
+        for config in schedules:
             planned = getattr(config.scheduler, "total_steps", None)  # a checkpoint may have restored it
             if planned and planned < trainer.estimated_stepping_batches < math.inf:
                 raise UserError(
@@ -73,9 +70,9 @@ class Experiment(LightningModule):
             return  # there is a validation, or it is not known yet
         monitors = [("early_stopping", callback.monitor) for callback in trainer.early_stopping_callbacks]
         monitors += [("checkpoint", getattr(callback, "monitor", None)) for callback in trainer.checkpoint_callbacks]
-        monitors += [("model.lr_scheduler", c.monitor) for c in trainer.lr_scheduler_configs if c.reduce_on_plateau]
+        monitors += [("model.lr_scheduler", config.monitor) for config in schedules if config.reduce_on_plateau]
         for name, monitor in monitors:
-            if monitor and monitor.startswith("val"):
+            if str(monitor).startswith("val"):
                 raise UserError(f"{name} monitors {monitor}, but there is no validation: give --{name}=null")
 
     def on_train_epoch_start(self) -> None:
@@ -83,29 +80,22 @@ class Experiment(LightningModule):
         if (seed := os.environ.get("PL_GLOBAL_SEED")) is not None:
             torch.manual_seed((int(seed) * 10_000 + self.current_epoch) * 10_000 + self.global_rank)
 
-    def log_mean(self, values: dict[str, Tensor]) -> None:
-        """Logs means of scalars (name -> value of this batch) over the batches of each `log_every_n_steps` steps.
-
-        `self.log` at every step would cost a small net as much as its backward pass.
-        """
-        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not interval:
-            return
-        step = self.global_step
-        if step // interval != self._log_window:
-            self._log_window = step // interval
-            self._since_log.clear()
-        for name, value in values.items():
-            self._since_log.setdefault(name, []).append(value.detach())
-        if (step + 1) % interval == 0:
-            self.log_dict({name: torch.stack(batches).mean() for name, batches in self._since_log.items()})
-
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keeps the loss on its device; reading it at every step would make a GPU wait."""
+        """Keeps what training_step returned; logs the means when `log_every_n_steps` steps have been made.
+
+        Reading a loss at every step would make a GPU wait; `self.log` at every step would cost a small net as much as
+        its backward pass.
+        """
+        step, interval = self.global_step, max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if outputs:
-            self._losses.append((self.global_step, outputs["loss"]))
-        if len(self._losses) >= max(1, self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
+            self._outputs.append((step, outputs))
+        if step // interval != self._window and self._outputs:
+            self._window = step // interval
             self.check_losses()
+            for name in self._outputs[-1][1]:
+                values = torch.cat([of_batch[name].flatten() for _, of_batch in self._outputs])
+                self.log(f"train/{name}", values.float().mean())
+            self._outputs.clear()
 
     def on_train_epoch_end(self) -> None:
         """Checks the remaining losses of the epoch, and those of its validation."""
@@ -115,14 +105,10 @@ class Experiment(LightningModule):
                 raise FloatingPointError(f"{name} is {value:.0f} after epoch {self.current_epoch}: training diverged")
 
     def check_losses(self) -> None:
-        """Checks the training losses since the last check.
-
-        Raises:
-            FloatingPointError: If one is not finite.
-        """
-        losses, self._losses = self._losses, []
-        if losses and not (finite := torch.stack([loss for _, loss in losses]).isfinite()).all():
-            step = losses[int(finite.int().argmin())][0]
+        """Raises a FloatingPointError if a training loss since the last logged step is not finite."""
+        losses = [outputs["loss"] for _, outputs in self._outputs]
+        if losses and not (finite := torch.stack(losses).isfinite()).all():
+            step = self._outputs[int(finite.int().argmin())][0]
             raise FloatingPointError(
                 f"train/loss was not finite at step {step} (epoch {self.current_epoch}): training diverged; try a lower"
                 " learning rate"

@@ -14,18 +14,12 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 def write_atomically(path: str | os.PathLike, binary: bool = False) -> Iterator[IO[Any]]:
     """Opens a temporary file beside `path`, which replaces `path` if the block ends without an exception.
 
-    Args:
-        path: File to write. Its folder is created if it does not exist.
-        binary: Whether the file takes bytes; otherwise UTF-8 text, with newlines as written. File names in it that are
-            not UTF-8 keep their bytes.
-
-    Yields:
-        The open temporary file.
+    It takes UTF-8 text, or bytes if `binary`. The folder of `path` is created if it does not exist.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    text: dict[str, Any] = {} if binary else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    text: Any = {} if binary else {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
     try:
         with open(temporary, "wb" if binary else "w", **text) as file:
             yield file
@@ -37,10 +31,7 @@ def write_atomically(path: str | os.PathLike, binary: bool = False) -> Iterator[
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Replaces a checkpoint in one step, so that a full disk or a kill leaves the previous one intact.
-
-    Lightning copies the new checkpoint over the old one, which can leave half a file.
-    """
+    """Replaces a checkpoint in one step; Lightning overwrites it, so that a full disk or a kill leaves half a file."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Saves a checkpoint; paths with a protocol (s3://...) are left to Lightning."""

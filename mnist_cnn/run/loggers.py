@@ -1,6 +1,5 @@
 """TensorBoard in the run's folder, W&B with or without an account, and the same figures and histograms in both."""
 
-import json
 import os
 import shlex
 import shutil
@@ -12,7 +11,6 @@ import numpy as np
 import wandb
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
@@ -24,25 +22,19 @@ from mnist_cnn.run.errors import UserError
 class RunFolderTensorBoard(TensorBoardLogger):
     """Lightning's TensorBoardLogger, writing into the run's folder, one event file for fit, validation and test.
 
-    Args:
-        max_queue: Number of events that are kept before they are written.
-        flush_secs: Seconds after which they are written.
+    It writes after max_queue events, and every flush_secs seconds.
     """
 
-    run_dir = ""  # the run's folder, once there is one
+    log_dir: str = ""  # type: ignore[assignment]  # the run's folder, once there is one
 
     def __init__(self, max_queue: int = 10, flush_secs: int = 10) -> None:
         super().__init__("", name="", version="", default_hp_metric=False, max_queue=max_queue, flush_secs=flush_secs)
 
     def start(self, run_dir: Path) -> None:
         """Opens the event file, and adds charts with training and validation together to Custom Scalars."""
-        self.run_dir = str(run_dir)
+        self.log_dir = str(run_dir)
         charts = {name: ["Multiline", [f"(train|val)/{name}"]] for name in ("loss", "acc")}
         self.experiment.add_custom_scalars({"train and val": charts})
-
-    @property
-    def log_dir(self) -> str:
-        return self.run_dir
 
     def finalize(self, status: str) -> None:
         """Leaves the file open, since validation and test follow fit."""
@@ -53,56 +45,59 @@ class RunFolderTensorBoard(TensorBoardLogger):
     def close(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
         """Adds the run's row to the HParams tab, and closes the file.
 
-        TensorBoard shows the settings that differ between runs first, unless a run lists the columns, as Lightning's
-        log_hyperparams would. It colours and sorts by the first metric, so losses go last.
+        Without a list of the columns, TensorBoard shows the settings that differ between runs first. It colours and
+        sorts by the first metric, so losses go last.
         """
         metrics = dict(sorted(metrics.items(), key=lambda item: "loss" in item[0]))
         for summary in hparams(short_settings(settings), metrics)[1:] if metrics else ():
-            self.experiment._get_file_writer().add_summary(summary)  # SummaryWriter.add_hparams starts another run
+            self.experiment.file_writer.add_summary(summary)  # SummaryWriter.add_hparams starts another run
         self.experiment.close()
 
 
 def short_settings(config: dict[str, Any]) -> dict[str, int | float | str]:
-    """Settings by short names, `{"model.net": "CNN", "model.net.l1_chan": 4, ...}`, without null ones."""
+    """Settings of seed, model and data by short names, `{"model.net": "CNN", "model.net.l1_chan": 4, ...}`."""
     short: dict[str, int | float | str] = {}
-    for path, value in flatten(config).items():
+    for path, value in flatten({name: config[name] for name in ("seed_everything", "model", "data")}).items():
         if path[-1] == "class_path":
             path, value = path[:-1], value.rpartition(".")[2]
-        if value is not None:
-            plain = isinstance(value, int | float | str) and not isinstance(value, bool)  # true would be shown as 1.0
-            short[".".join(key for key in path if key != "init_args")] = value if plain else json.dumps(value)
+        if value is not None:  # true would be shown as 1.0
+            name = ".".join(key for key in path if key != "init_args")
+            short[name] = value if type(value) in (int, float, str) else str(value)
     return short
 
 
 def log_histograms(trainer: Trainer, values: dict[str, Tensor], bins: int) -> None:
     """Logs a histogram of each tensor's finite values to each TensorBoardLogger and WandbLogger."""
-    arrays: dict[str, Any] = {}
+    histograms = {}
     for tag, value in values.items():
-        value = value.detach().float().cpu()  # histograms on CUDA are not deterministic
-        if value.isfinite().any():
-            arrays[tag] = value[value.isfinite()].numpy()
+        array = value.detach().float().cpu().numpy()  # CUDA's histograms are not deterministic
+        array = array[np.isfinite(array)]
+        if array.size:
+            histograms[tag] = (array, *np.histogram(array, bins))
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            for tag, array in arrays.items():
-                logger.experiment.add_histogram(tag, array, trainer.global_step, bins)
+            for tag, (array, counts, edges) in histograms.items():
+                sums = {"num": array.size, "sum": array.sum(), "sum_squares": np.square(array).sum()}
+                buckets = {"bucket_limits": edges.tolist(), "bucket_counts": [0, *counts.tolist()]}
+                step = trainer.global_step
+                logger.experiment.add_histogram_raw(tag, array.min(), array.max(), **sums, **buckets, global_step=step)
         elif isinstance(logger, WandbLogger):
-            histograms: Any = {tag: wandb.Histogram(array, num_bins=bins) for tag, array in arrays.items()}
-            logger.log_metrics(histograms, trainer.global_step)
+            of_wandb: Any = {
+                tag: wandb.Histogram(np_histogram=(counts, edges)) for tag, (_, counts, edges) in histograms.items()
+            }
+            logger.log_metrics(of_wandb, trainer.global_step)
 
 
 def log_figure(trainer: Trainer, tag: str, figure: Figure) -> None:
     """Logs a Matplotlib figure as an image to each TensorBoardLogger and WandbLogger."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = np.asarray(canvas.buffer_rgba())[..., :3]  # uint8 [H, W, 3]
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(tag, image, trainer.global_step, dataformats="HWC")
+            logger.experiment.add_figure(tag, figure, trainer.global_step)
         elif isinstance(logger, WandbLogger):
-            logger.log_image(tag, [image], trainer.global_step)
+            logger.log_image(tag, [figure], trainer.global_step)
 
 
-def start_wandb(logger: WandbLogger) -> Any:
+def start_wandb(logger: WandbLogger) -> None:
     """Starts a W&B run: online with an API key; offline without one, or if W&B fails. WANDB_MODE overrides both."""
     settings: dict[str, Any] = {"silent": True, "init_timeout": 5, "finish_timeout": 10}  # seconds
     folder = Path(logger.save_dir or ".")
@@ -124,11 +119,12 @@ def start_wandb(logger: WandbLogger) -> Any:
         raise UserError(f"WANDB_MODE={os.environ.get('WANDB_MODE')} is not one of W&B's modes") from error
     if not run.offline and run.url:
         print(f"W&B: {run.url}")
-    return run
 
 
-def finish_wandb(run: Any, status: int, keep: bool) -> None:
-    """Finishes a W&B run; keeps the folder of an offline run and says how to upload it, or removes the folder."""
+def finish_wandb(status: int, keep: bool) -> None:
+    """Finishes the W&B run, if there is one. An offline run is kept for `wandb sync`, or its folder is removed."""
+    if not (run := wandb.run):
+        return
     offline, folder = run.offline, os.path.relpath(run.settings.sync_dir)
     run.finish(exit_code=status)
     wandb.teardown()  # so that the next run in this process starts with its own settings

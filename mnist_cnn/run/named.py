@@ -1,10 +1,9 @@
 """The callbacks and loggers that have names in YAML: `early_stopping: {patience: 3}`, `histograms: null`."""
 
-from typing import Any, Optional
+from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from mnist_cnn.run.callbacks import Histograms, ModelGraph, PredictionWriter
@@ -22,33 +21,19 @@ CALLBACKS: dict[str, type[Callback]] = {
     "predictions": PredictionWriter,
     "progress_bar": ProgressBar,
 }
-EVALUATION_CALLBACKS = ("test_pictures", "predictions", "progress_bar")
 LOGGERS: dict[str, type[Logger]] = {"tensorboard": RunFolderTensorBoard, "wandb": WandbLogger}
 
 
-def add_named_arguments(parser: LightningArgumentParser) -> None:
-    """Adds an option for each name; its value is a class of that kind with its arguments, or null."""
-    for name, kind in {**CALLBACKS, **LOGGERS}.items():
-        others = "trainer.logger" if name in LOGGERS else "trainer.callbacks"
-        text = f"A {kind.__name__}, in addition to {others}; null disables it."
-        parser.add_argument(f"--{name}", type=Optional[kind], default=None, help=text)  # noqa: UP045
-
-
-def named_loggers(config: Any) -> list[Logger]:
-    """The loggers of an instantiated config that are not disabled."""
-    return [config[name] for name in LOGGERS if config[name]]
-
-
-def named_callbacks(config: Any, others: list[Callback], is_fit: bool, has_loggers: bool) -> list[Callback]:
-    """The callbacks of an instantiated config that are not disabled and have something to do beside the others."""
-    off = {"predictions"} if is_fit else CALLBACKS.keys() - EVALUATION_CALLBACKS
-    if config.trainer.enable_checkpointing is False or config.trainer.fast_dev_run:
-        off |= {"checkpoint", "last_checkpoint"}
-    if config.trainer.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in others):
-        off |= {"progress_bar"}  # there can be only one
-    if not has_loggers:
-        off |= {"lr_monitor"}
-    return [config[name] for name in CALLBACKS if config[name] and name not in off]
+def all_callbacks(config: Any, has_loggers: bool) -> list[Callback]:
+    """The trainer's own callbacks, and the named ones that are not disabled and that Lightning would not refuse."""
+    callbacks = as_list(config.trainer.callbacks)
+    refused: list[type[Callback]] = [] if has_loggers else [LearningRateMonitor]
+    if config.trainer.enable_checkpointing is False:
+        refused.append(ModelCheckpoint)
+    if config.trainer.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in callbacks):
+        refused.append(ProgressBar)  # there can be only one
+    named = [config[name] for name in CALLBACKS if config[name]]
+    return callbacks + [callback for callback in named if not isinstance(callback, tuple(refused))]
 
 
 def as_list(value: Any) -> list[Any]:

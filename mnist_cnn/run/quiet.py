@@ -12,8 +12,7 @@ WARNINGS = (
 
 
 def silence_libraries() -> None:
-    """Hides those warnings, and advice and progress of Lightning's."""
+    """Hides those warnings, and Lightning's advice and progress."""
     warnings.filterwarnings("ignore", WARNINGS)
-    for name in ("pytorch.utilities.rank_zero", "pytorch.trainer.connectors.checkpoint_connector"):
-        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    for package in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{package}").setLevel(logging.WARNING)

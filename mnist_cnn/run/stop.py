@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +29,20 @@ class StopBySignal(Checkpoint):
         self.trained = False  # whether this process has made a step
         self._in_training = False
         self._random_state: dict[str, torch.Tensor] = {}
-        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopBySignal":
         self._process = os.getpid()
-        if threading.current_thread() is threading.main_thread():
-            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-            # A signal that is ignored, as by nohup, stays ignored.
-            self._before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
-        self._handle_signals()
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # A signal that is ignored, as by nohup, stays ignored.
+        self._before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+        self._install_handlers()
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle_signals(self) -> None:
+    def _install_handlers(self) -> None:
         for number in self._before:
             signal.signal(number, self._receive)
 
@@ -53,15 +50,14 @@ class StopBySignal(Checkpoint):
         if os.getpid() != self._process:
             return  # a DataLoader's worker, which ends with this process
         first, self.received = self.received is None, signal.Signals(number)
-        if hasattr(signal, "SIGCHLD"):  # Ctrl-C may end a DataLoader's workers too: torch would raise an exception
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an exception if Ctrl-C ends a worker, too
         if not (first and self._in_training):
             raise SystemExit(128 + number)
         os.write(2, b"stopping after this step; press Ctrl-C again to quit now\n")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From now on a signal stops after the step. Restores the random numbers of the checkpoint."""
-        self._handle_signals()  # instead of Lightning's
+        self._install_handlers()  # instead of Lightning's
         self._in_training = True
         if self._random_state and trainer.world_size == 1:
             torch.set_rng_state(self._random_state["cpu"].cpu())
@@ -74,19 +70,19 @@ class StopBySignal(Checkpoint):
         done = args[-1] + 1  # batches of this epoch
         validates = trainer.is_last_batch or done % (trainer.val_check_batch or math.inf) == 0
         if self.received and not validates and done % trainer.accumulate_grad_batches == 0:
-            self._save(trainer)
+            self.on_train_epoch_end(trainer)
             self._exit()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the state at the end of the epoch, whose metrics are yet to be logged."""
-        if self.received:
-            self._save(trainer)
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Saves the state; training goes on until the epoch's metrics are logged."""
+        if self.received and self.path is not None and trainer.world_size == 1:
+            trainer.save_checkpoint(str(self.path))
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, *_: Any) -> None:
         """Stops between two epochs."""
         self._exit()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         self._in_training = False
         self._exit()
 
@@ -104,10 +100,6 @@ class StopBySignal(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         self._random_state = state_dict
-
-    def _save(self, trainer: Trainer) -> None:
-        if self.path is not None and trainer.world_size == 1:
-            trainer.save_checkpoint(str(self.path))
 
     def _exit(self) -> None:
         if self.received:

@@ -1,72 +1,67 @@
 """What a sweep prints: progress while it runs, a table of its runs at the end."""
 
-import datetime
 import itertools
 import math
+import shutil
 import sys
 import time
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections import Counter
+from datetime import timedelta
+from typing import Literal
 
-from mnist_cnn.sweeps.grid import short_names, swept_labels
+from mnist_cnn.run.errors import UserError, nearest
+from mnist_cnn.sweeps.grid import swept_labels
 from mnist_cnn.sweeps.ledger import Run, run_number
 
 
-def sort_runs(runs: Iterable[Run], metric: str, mode: str) -> list[Run]:
-    """The finished runs, the best first, those without the metric last."""
+def sort_runs(runs: list[Run], metric: str, mode: str) -> list[Run]:
+    """The runs, the best first, those without the metric last; checks the metric's name, if any run has metrics."""
+    known = dict.fromkeys(key for run in runs for key in run.metrics)
+    if known and metric not in known:
+        raise UserError(f"no run has the metric {metric}{nearest(metric, known) or '; known: ' + ', '.join(known)}")
     sign = -1 if mode == "max" else 1
-    finished = [run for run in runs if run.status == "finished"]
-    return sorted(finished, key=lambda run: (sign * run.metrics.get(metric, sign * math.inf), run.name))
+    return sorted(runs, key=lambda run: (sign * run.metrics.get(metric, sign * math.inf), run.name))
 
 
 class Display:
-    """One line per run and, on a terminal, a last line that is redrawn: a bar, the sweep's progress, the current run.
-
-    Args:
-        metric: The metric that runs are compared by.
-        mode: Whether a higher (max) or lower (min) value is better.
-    """
+    """One line per run and, on a terminal, a last line that is redrawn: the sweep's progress and the current run."""
 
     def __init__(self, metric: str, mode: Literal["max", "min"]) -> None:
-        # rich is imported here because jsonargparse parses 1 as 1.0 in a process that imports rich before torch.
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self.metric, self.start, self.ended = metric, time.time(), 0
-        self.mode: Literal["max", "min"] = mode
-        self.console = Console(width=None if sys.stdout.isatty() else 160)
-        bar, text = BarColumn(20), TextColumn("{task.description}", markup=False)
-        # auto_refresh would start a thread, and a process with threads must not fork.
-        options: dict[str, Any] = {"auto_refresh": False, "transient": True, "disable": not sys.stdout.isatty()}
-        self.bar = Progress(bar, text, console=self.console, **options)
-        self.task, self.progress = self.bar.add_task(""), ""
+        self.metric, self.mode = metric, mode
+        self.start, self.ended, self.progress = time.time(), 0, ""
+        self.erase = "\r\x1b[K" if sys.stdout.isatty() else ""
 
     def say(self, line: str) -> None:
         """Prints a line that stays."""
-        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+        print(f"{self.erase}{line}", flush=True)
 
     def show(self, current: str) -> None:
         """Redraws the last line."""
-        line = f"{self.progress}  {current}"[: self.console.width - 22]  # beside the bar
-        self.bar.update(self.task, description=line, refresh=True)
+        if self.erase:
+            line = f"{self.progress}  {current}".expandtabs()[: shutil.get_terminal_size().columns - 1]
+            print(f"{self.erase}{line}", end="", flush=True)
 
     def update(self, runs: list[Run], ended: Run | None = None) -> None:
         """Computes the progress from the state of all runs, and prints a line about one that has just ended."""
-        best = sort_runs(runs, self.metric, self.mode)
-        failed = sum(run.status == "failed" for run in runs)
-        done, self.ended = len(best) + failed, self.ended + bool(ended)
-        count = f"[{done:{len(str(len(runs)))}}/{len(runs)}]"
-        parts = [f"best {self.value(best[0])} ({run_number(best[0].name)})"] if best else []
+        print(end=self.erase, flush=True)  # of an error in the metric's name, which sort_runs finds
+        states = Counter(run.status for run in runs)
+        done, self.ended = states["finished"] + states["failed"], self.ended + bool(ended)
+        count, parts = f"[{done:{len(str(len(runs)))}}/{len(runs)}]", []
+        if states["finished"]:
+            best = sort_runs(runs, self.metric, self.mode)[0]
+            parts.append(f"best {self.value(best)} ({run_number(best.name)})")
         if self.ended and done < len(runs):
-            parts.append(f"{duration((time.time() - self.start) / self.ended * (len(runs) - done))} left")
-        parts += [f"{failed} failed"] if failed else []
+            seconds = (time.time() - self.start) / self.ended * (len(runs) - done)
+            parts.append(f"{timedelta(seconds=round(seconds))} left")
+        if states["failed"]:
+            parts.append(f"{states['failed']} failed")
         if ended:
             result = f"{ended.status}: {ended.reason}"
             if ended.status == "finished":
                 result = f"{self.metric} {self.value(ended)}  {ended.metrics.get('seconds', 0):.0f} s"
             self.say("  ".join([count, ended.name.ljust(max(len(run.name) for run in runs)), result, *parts]))
-        self.progress = "  ".join([count, *parts])
-        self.bar.update(self.task, total=len(runs), completed=done)
+        bar = "\u2501" * (20 * done // len(runs))
+        self.progress = "  ".join([f"{bar:20} {count}", *parts])
 
     def value(self, run: Run) -> str:
         """The run's metric."""
@@ -74,21 +69,19 @@ class Display:
 
     def print_table(self, runs: list[Run], rows: int = 20) -> None:
         """Prints one row per run: number, swept values, metrics; as many columns as fit."""
-        labels, axes = swept_labels(runs), short_names(dict.fromkeys(key for run in runs for key in run.swept))
-        metrics = dict.fromkeys(itertools.chain(*(run.metrics for run in runs[:rows])))
-        formats = {key: ".0f" if key in ("epochs", "seconds") else ".4f" for key in metrics}
-        table = [["run", *axes.values(), *metrics]]
+        labels, table, width = swept_labels(runs), [], shutil.get_terminal_size((160, 24)).columns
         for run in runs[:rows]:
-            numbers = [format(run.metrics[key], formats[key]) if key in run.metrics else "" for key in metrics]
-            table.append([run_number(run.name), *(labels[run.name].get(key, "") for key in axes), *numbers])
-        widths = [max(map(len, column)) for column in zip(*table)]
-        fit = sum(end <= self.console.width + 2 for end in itertools.accumulate(width + 2 for width in widths))
-        for row in table if runs else ():
-            self.say("  ".join(cell.ljust(width) for cell, width in zip(row[:fit], widths)).rstrip())
+            decimals = {key: 0 if key in ("epochs", "seconds") else 4 for key in run.metrics}
+            metrics = {key: f"{value:.{decimals[key]}f}" for key, value in run.metrics.items()}
+            table.append({"run": run_number(run.name)} | labels[run.name] | metrics)
+        lines = [""] * (1 + len(table))
+        for column in dict.fromkeys(itertools.chain(*table)):
+            cells = [column, *(row.get(column, "") for row in table)]
+            wider = [line + cell.ljust(2 + max(map(len, cells))) for line, cell in zip(lines, cells)]
+            if len(wider[0]) > width + 2:
+                break
+            lines = wider
+        for line in lines:
+            self.say(line.rstrip())
         if len(runs) > rows:
             self.say(f"and {len(runs) - rows} more")
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    return str(datetime.timedelta(seconds=round(seconds)))

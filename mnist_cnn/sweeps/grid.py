@@ -1,13 +1,11 @@
-"""From a grid to points, run names and complete configs."""
+"""From a grid to run names and complete configs."""
 
 import functools
 import hashlib
 import itertools
 import json
-import random
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from mnist_cnn.run.config import flatten
@@ -24,148 +22,110 @@ def flat_keys(settings: dict[str, Any]) -> dict[str, Any]:
     return {".".join(path).replace("/", "."): value for path, value in flatten(settings).items() if path}
 
 
-def check_grid(grid: dict[str, Any], fixed: dict[str, Any]) -> None:
-    """Checks what can be checked without the program.
-
-    Raises:
-        UserError: If an axis is not a list of different values, or is in `fixed`, too.
-    """
+def check_grid(grid: dict[str, Any]) -> None:
+    """Checks that each axis is a list of different values."""
     if not grid:
         raise UserError("the grid is empty: give --config, --grid or --config_dir")
     for key, values in grid.items():
         if not isinstance(values, list) or not values or len(set(map(json.dumps, values))) < len(values):
             raise UserError(f"grid: {key} must be a list of different values, got {json.dumps(values)}")
-        if key in fixed:
-            raise UserError(f"{key} is in grid and in fixed: remove it from one of them")
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
     """The last words of each key, as many as distinguish it from the other keys."""
     words = {key: [w for w in key.split(".") if w not in ("init_args", "class_path")] or [key] for key in keys}
-
-    def shorten(own: list[str]) -> str:
-        for count in range(1, len(own)):
-            if sum(other[-count:] == own[-count:] for other in words.values()) == 1:
-                return ".".join(own[-count:])
-        return ".".join(own)
-
-    return {key: shorten(own) for key, own in words.items()}
-
-
-def labels(key: str, values: Iterable[Any]) -> list[str]:
-    """Short names of an axis's values, all different and safe in a file name.
-
-    A value's label does not depend on the values behind it, so that an axis can be extended.
-    """
-    names: list[str] = []
-    for value in values:
-        text = value.get("class_path", value) if isinstance(value, dict) else value
-        if key == "config" and value:
-            text = "+".join(Path(file).stem for file in ([value] if isinstance(value, str) else value))
-        elif isinstance(text, str) and re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Za-z_]\w*", text):  # a class
-            text = text.rpartition(".")[2]
-        if not isinstance(text, int | float):
-            text = (text if isinstance(text, str) else json.dumps(text)).strip("-[]{}")
-        name = re.sub(r"[^\w.+-]+", "-", text if isinstance(text, str) else json.dumps(text), flags=re.ASCII)[:30]
-        ambiguous = name in names or isinstance(value, dict) or not name.strip("-")
-        names.append(f"{name}~{digest(value)}" if ambiguous else name)
+    names = {}
+    for key, own in words.items():
+        ends = (own[-count:] for count in range(1, len(own)))
+        different = (end for end in ends if sum(other[-len(end) :] == end for other in words.values()) == 1)
+        names[key] = ".".join(next(different, own))
     return names
 
 
-def digest(value: Any) -> str:
-    """Six characters that differ where values differ."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:6]
+def labels(values: Iterable[Any]) -> dict[str, str]:
+    """The JSON of each value -> a label: all are different, safe in a file name, and independent of later values."""
+    names: dict[str, str] = {}
+    for value in values:
+        code = json.dumps(value)
+        text = re.sub(r'"class_path": |(\w+\.)+(?=[A-Z])|[^/" ]*/|\.ya?ml\b', "", code)  # no modules and folders
+        name = re.sub(r"[^\w.+-]+", "-", text.strip('[{"}]'))[:30]
+        names.setdefault(code, f"{name}~{digest(code)}" if name in names.values() else name)
+    return names
 
 
-def run_names(existing: Iterable[str], grid: dict[str, list[Any]], points: list[Point]) -> list[str]:
-    """A name for each point, like `000-l1_chan=4-lr=0.1`; an existing run keeps its number."""
-    numbers = {name: number for number, _, name in (run.partition("-") for run in existing)}
-    next_number = itertools.count(1 + max((int(number) for number in numbers.values() if number.isdigit()), default=-1))
-    width = max(3, len(str(len(points) - 1)))
-    axes = [
-        [re.sub(r"[^\w.+=~-]+", "-", f"{short}={label}") for label in labels(key, grid[key])]
-        for key, short in short_names(grid).items()
-    ]
-    names = ["-".join(axis[index] for axis, index in zip(axes, point)) for point in points]
+def digest(text: str) -> str:
+    """Six characters that differ where texts differ."""
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+def run_names(existing: Iterable[str], grid: dict[str, list[Any]]) -> list[str]:
+    """A name for each point of a grid, like `000-l1_chan=4-lr=0.1`; existing runs, all in the grid, keep theirs."""
+    short = short_names(grid)
+    axes = [[f"{short[key]}={label}" for label in labels(values).values()] for key, values in grid.items()]
+    names = ["-".join(settings) for settings in itertools.product(*axes)]
     names = [name if len(name) < 150 else f"{name[:140]}~{digest(name)}" for name in names]
-    return [f"{numbers.get(name) or format(next(next_number), f'0{width}')}-{name}" for name in names]
+    known = {run.partition("-")[2]: run for run in existing}
+    if others := [known[name] for name in known.keys() - names]:
+        raise UserError(f"run {min(others)} is not in this grid: give the sweep another name, or delete its folder")
+    numbers, width = itertools.count(len(known)), max(3, len(str(len(names) - 1)))
+    return [known.get(name) or f"{next(numbers):0{width}}-{name}" for name in names]
 
 
 def swept_labels(runs: list[Run]) -> dict[str, dict[str, str]]:
-    """Run name -> key -> label of the swept value."""
-    shown: dict[str, dict[str, str]] = {}
-    for key in dict.fromkeys(key for run in runs for key in run.swept):
-        different = {json.dumps(run.swept[key]): run.swept[key] for run in runs if key in run.swept}
-        shown[key] = dict(zip(different, labels(key, different.values())))
-    return {run.name: {key: shown[key][json.dumps(value)] for key, value in run.swept.items()} for run in runs}
-
-
-def to_arguments(key: str, value: Any) -> list[str]:
-    """A setting as command-line arguments; the value of `config` is a file, a list of files or null."""
-    if key == "config":
-        return [f"--config={file}" for file in ([value] if isinstance(value, str) else value or [])]
-    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    """Run name -> short name of the key -> label of the swept value."""
+    names = short_names(key for run in runs for key in run.swept)
+    shown = {key: labels(run.swept[key] for run in runs if key in run.swept) for key in names}
+    return {run.name: {names[key]: shown[key][json.dumps(value)] for key, value in run.swept.items()} for run in runs}
 
 
 def parse(settings: dict[str, Any], point: Point) -> Config:
-    """The complete config of a point, as the program prints it.
-
-    Raises:
-        UserError: If the program refuses the point's values.
-    """
+    """The complete config of a point, as the program prints it."""
     swept = {key: values[index] for (key, values), index in zip(settings["grid"].items(), point)}
     both = settings["fixed"] | swept
-    files = [("config", settings["base"]), ("config", both.pop("config", None))]  # what comes later wins
+    overlays = both.pop("config", None) or []
+    files = [*settings["base"], *([overlays] if isinstance(overlays, str) else overlays)]  # the last one wins
+    options = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in both.items()]
     try:
-        args = [arg for item in [*files, *both.items()] for arg in to_arguments(*item)]
-        config = print_config(settings["program"], args)
+        config = print_config(settings["program"], [*(f"--config={file}" for file in files), *options])
         if "model" in config and config["model"] is None:
             raise UserError("no config file names a model")
     except UserError as error:
         values = ", ".join(f"{key}={json.dumps(value)}" for key, value in swept.items())
-        no_base = "" if any(file for _, file in files) else "; base is not given"
-        raise UserError(f"{error} (with {values}{no_base})") from None
+        raise UserError(f"{error} (with {values}{'' if files else '; base is not given'})") from None
     return flatten(config)
 
 
-def complete_configs(parse: Callable[[Point], Config], sizes: list[int], points: list[Point]) -> list[Config]:
-    """The complete config of each point, from far fewer calls of the program's parser.
+def complete_configs(parse: Callable[[Point], Config], points: list[Point]) -> list[Config]:
+    """The complete config of each point of a grid, from far fewer calls of the program's parser.
 
-    Each value is parsed once, beside the first values of the other axes. Axes that change the same keys (a class and
-    its arguments, for example) are parsed in all their combinations. What they change in the first point's config
-    gives all other configs. A few of these are parsed, too; if one differs, every point is parsed.
-
-    Args:
-        parse: Gives the complete config of a point.
-        sizes: The number of values of each axis.
-        points: The points.
+    Each value is parsed once, beside the first values of the other axes; what it changes in the first point's config
+    is its part of all other configs. Axes that change the same keys (a class and its arguments, for example) are parsed
+    in all their combinations. A few of the resulting configs are parsed, too; if one differs, every point is parsed.
     """
-    parse = functools.cache(parse)
-    reference = parse((0,) * len(sizes))
+    parse, axes = functools.cache(parse), range(len(points[0]))
+    first = parse(points[0])
 
     @functools.cache
     def changes(point: Point) -> Config:  # path -> value; ... if the key is gone
         parsed = parse(point)
-        pairs = {path: (reference.get(path, ...), parsed.get(path, ...)) for path in (*reference, *parsed)}
+        pairs = {path: (first.get(path, ...), parsed.get(path, ...)) for path in (*first, *parsed)}
         return {path: new for path, (old, new) in pairs.items() if repr(old) != repr(new)}  # 1, 1.0 and True differ
 
-    def combine(point: Point, groups: list[set[int]]) -> Config:
-        config = dict(reference)
-        for group in groups:
-            config |= changes(tuple(index * (axis in group) for axis, index in enumerate(point)))
-        return {path: value for path, value in config.items() if value is not ...}
+    def select(point: Point, group: set[int]) -> Point:  # with the first values of the axes that are not in the group
+        return tuple(index if axis in group else 0 for axis, index in enumerate(point))
 
-    def overlap(group: set[int], axis: int) -> bool:
-        return any(a[: len(b)] == b[: len(a)] for other in group for a in changed[other] for b in changed[axis])
+    def combine(point: Point) -> Config:
+        return {path: value for group in groups for path, value in changes(select(point, group)).items()}
 
-    axes = range(len(sizes))
-    alone = [[tuple(index * (axis == other) for other in axes) for index in range(sizes[axis])] for axis in axes]
-    changed = [{path for point in points_of_axis for path in changes(point)} for points_of_axis in alone]
-    groups: list[set[int]] = []  # of axes that change the same keys, or keys within them
-    for axis in axes:
-        related = [group for group in groups if overlap(group, axis)]
-        groups = [group for group in groups if group not in related] + [{axis}.union(*related)]
-    for point in [*random.Random(0).sample(points, min(3, len(points))), points[-1]]:
-        if sorted(map(repr, combine(point, groups).items())) != sorted(map(repr, parse(point).items())):
+    changed = [{path for point in points for path in changes(select(point, {axis}))} for axis in axes]
+    related = {
+        axis
+        for axis, other in itertools.permutations(axes, 2)
+        if any(a[: len(b)] == b[: len(a)] for a in changed[axis] for b in changed[other])  # the same key, or one within
+    }
+    groups = [related, *({axis} for axis in axes if axis not in related)]
+    for point in [*points[:: len(points) // 3 + 1], points[-1]]:
+        if set(map(repr, combine(point).items())) != set(map(repr, changes(point).items())):
             groups = [set(axes)]
-    return [combine(point, groups) for point in points]
+    configs = (first | combine(point) for point in points)
+    return [{path: value for path, value in config.items() if value is not ...} for config in configs]

@@ -1,5 +1,6 @@
 """Executes runs on this machine, one after another, each in a process of its own."""
 
+import contextlib
 import gc
 import importlib
 import multiprocessing
@@ -17,7 +18,6 @@ from typing import Any
 
 from filelock import Timeout
 
-from mnist_cnn.run.errors import UserError, fail
 from mnist_cnn.sweeps.display import Display
 from mnist_cnn.sweeps.ledger import Run, lock, read_run, run_number, write_status
 from mnist_cnn.sweeps.program import run_program
@@ -46,46 +46,37 @@ class Sweep:
     def is_open(self, name: str) -> bool:
         """Whether a run is to be executed: one that failed is tried again, but only once by the same command."""
         run = read_run(self.root, name, self.metric)
-        return not (run.status == "finished" or (run.status == "failed" and run.ended >= self.start))
+        return run.status != "finished" and (run.status != "failed" or run.ended < self.start)
 
 
 def run_all(sweep: Sweep, display: Display) -> Iterator[Run]:
-    """Executes the runs that are not finished, and waits for those that other processes execute.
-
-    Yields:
-        Each run that this process executed, when it has ended.
-    """
+    """Executes the runs that are not finished, and yields each; waits for those that other processes execute."""
     if any("WandbLogger" in config.read_text(encoding="utf-8") for config in (sweep.root / "configs").glob("*.yaml")):
         importlib.import_module("wandb.sdk.launch")  # W&B would import it in each run, which takes a second
     gc.freeze()  # what exists now stays in memory that the forked processes share
     while unfinished := [name for name in sweep.names if sweep.is_open(name)]:
-        executed = False
         for name in unfinished:
+            if sweep.interrupts or sweep.gave_up:
+                return
             try:
                 with lock(sweep.root, name, timeout=0):
                     if sweep.is_open(name):  # another process may have finished it meanwhile
                         yield execute(sweep, name, display)
-                        executed = True
             except Timeout:
-                pass
-            if sweep.interrupts or sweep.gave_up:
-                return
-        if not executed:
-            display.show("waiting for runs of another process")
-            time.sleep(1)
+                display.show(f"{run_number(name)}  is executed by another process")
+                time.sleep(0.25)
 
 
 def execute(sweep: Sweep, name: str, display: Display) -> Run:
     """Executes one run, whose lock this process holds, and notes why it did not finish."""
     log, forwarded = sweep.root / name / "output.log", False
     process = CONTEXT.Process(target=run_alone, args=(sweep.root, name, sweep.program))
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the new process has its own handlers
     process.start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     while process.is_alive():
         display.show(f"{run_number(name)}  {last_line(log)}")
         if sweep.interrupts > 1:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has no group yet
+                os.killpg(process.pid, signal.SIGKILL)
         elif sweep.interrupts and not forwarded:
             display.say(f"stopping {name}; press Ctrl-C again to kill it")
             os.kill(process.pid, signal.SIGINT)
@@ -111,11 +102,7 @@ def run_alone(root: Path, name: str, program: str) -> None:
             os.dup2(sys.stdout.fileno(), number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        try:
-            run_program(program, root / "configs" / f"{name}.yaml", run)
-        except UserError as error:
-            fail(str(error))
+        run_program(program, root / "configs" / f"{name}.yaml", run)
 
 
 def die_with_parent() -> None:
@@ -127,10 +114,9 @@ def die_with_parent() -> None:
 
 def last_line(log: Path) -> str:
     """The last line of a log, or the last error in it; "" if there is no log yet."""
-    if not log.exists():
-        return ""
-    with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - 10_000))
-        lines = re.findall(r"\S[^\r\n]*", file.read().decode(errors="replace"))
+    text = ""
+    with contextlib.suppress(FileNotFoundError):
+        text = log.read_bytes()[-10_000:].decode(errors="replace")
+    lines = re.findall(r"\S[^\r\n]*", text)
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return [*lines, *errors][-1] if lines else ""
+    return ["", *lines, *errors][-1]

@@ -3,9 +3,9 @@
 import contextlib
 import importlib
 import io
-import json
 import os
 import re
+import shutil
 import sys
 import time
 import warnings
@@ -17,21 +17,17 @@ import torch
 import yaml
 
 from mnist_cnn.run.config import flatten
-from mnist_cnn.run.errors import UserError, explain
-from mnist_cnn.run.files import write_atomically
+from mnist_cnn.run.errors import UserError, explain, fail
+from mnist_cnn.run.folder import write_metrics
 
 
 def import_program(program: str) -> Callable[[list[str]], Any]:
-    """Imports the function that `module:function` names; the module may be in the working directory.
-
-    Raises:
-        UserError: If it cannot be imported.
-    """
+    """Imports the function that `module:function` names; the module may be in the working directory."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     module, _, function = program.partition(":")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # OpenMP's threads, if the import started them, would block the runs that are forked
+    torch.set_num_threads(1)  # the threads of OpenMP, if the import started them, would block the runs that are forked
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, SyntaxError, AttributeError) as error:
@@ -41,11 +37,7 @@ def import_program(program: str) -> Callable[[list[str]], Any]:
 
 
 def print_config(program: str, args: list[str]) -> dict[str, Any]:
-    """The complete config that the program's `fit --print_config` prints.
-
-    Raises:
-        UserError: If the program refuses the arguments, or prints no config.
-    """
+    """The complete config that the program's `fit --print_config` prints."""
     function, output, errors = import_program(program), io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
@@ -57,22 +49,15 @@ def print_config(program: str, args: list[str]) -> dict[str, Any]:
             raise UserError(explain(message or str(ended.code), known)) from None
     config = yaml.load(output.getvalue(), yaml.CSafeLoader)
     if not isinstance(config, dict):
-        raise UserError(
-            f"program {program} prints no config for `fit --print_config`: pass its arguments to LightningCLI(args=...)"
-        )
+        remedy = "pass its arguments to LightningCLI(args=...)"
+        raise UserError(f"program {program} prints no config for `fit --print_config`: {remedy}")
     return config
 
 
 def run_program(program: str, config: Path, run: Path) -> None:
-    """Executes a run in this process, and writes config.yaml and metrics.json if the program does not.
-
-    Args:
-        program: `module:function`.
-        config: The run's complete config.
-        run: The run's folder; that of the sweep, above it, gives W&B's group its name.
-    """
-    function, text = import_program(program), config.read_text(encoding="utf-8")
-    option = "run_dir" if "run_dir" in yaml.load(text, yaml.CSafeLoader) else "trainer.default_root_dir"
+    """Executes a run in this process; writes config.yaml and metrics.json into its folder if the program does not."""
+    function, settings = import_program(program), yaml.load(config.read_bytes(), yaml.CSafeLoader)
+    option = "run_dir" if "run_dir" in settings else "trainer.default_root_dir"
     args = ["fit", f"--config={config}", f"--{option}={run}"]
     sys.argv = [str(sys.modules[function.__module__].__file__), *args]  # Lightning starts further processes with it
     os.environ |= {"WANDB_RUN_GROUP": run.parent.name, "WANDB_NAME": run.name, "WANDB_PROGRAM": sys.argv[0]}
@@ -80,15 +65,11 @@ def run_program(program: str, config: Path, run: Path) -> None:
     start = time.monotonic()
     cli = function(args)
     if not hasattr(cli, "trainer"):
-        raise UserError(f"program {program} must return its LightningCLI; it returned {cli!r}")
+        fail(f"program {program} must return its LightningCLI; it returned {cli!r}")
     if not (run / "config.yaml").exists():
-        with write_atomically(run / "config.yaml") as file:
-            file.write(text)
+        shutil.copy(config, run / "config.yaml")
     if not (run / "metrics.json").exists():
-        best = getattr(cli.trainer.checkpoint_callback, "best_model_path", "")
         metrics = {key: value.item() for key, value in cli.trainer.callback_metrics.items()}
-        metrics |= {"epochs": cli.trainer.current_epoch, "seconds": time.monotonic() - start}
-        with write_atomically(run / "metrics.json") as file:
-            json.dump(metrics | {"best_checkpoint": os.path.relpath(best, run) if best else None}, file, indent=2)
+        write_metrics(run, cli.trainer, metrics, time.monotonic() - start)
     if "wandb" in sys.modules:  # a forked process skips the exit handlers, with which W&B closes a run
         sys.modules["wandb"].finish()

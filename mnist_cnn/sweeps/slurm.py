@@ -75,15 +75,16 @@ def submit(sweep: Sweep, names: list[str], slurm: Slurm) -> dict[str, Any]:
     """Submits runs as one job array; returns their jobs by name."""
     import submitit
 
-    given = {"partition": slurm.partition, "gpus_per_node": slurm.gpus or None, **slurm.options}
     executor = submitit.SlurmExecutor(sweep.root / ".locks/slurm")
     executor.update_parameters(
         job_name=sweep.root.name,
+        partition=slurm.partition,
         time=slurm.time,
+        gpus_per_node=slurm.gpus or None,
         cpus_per_task=slurm.cpus,
         array_parallelism=slurm.runs_at_once or len(names),
         setup=[f"export PYTHONPATH={shlex.quote(os.pathsep.join(sys.path))}"],
-        additional_parameters={key: value for key, value in given.items() if value is not None},
+        additional_parameters=slurm.options,
     )
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the error has sbatch's message, too
@@ -93,16 +94,13 @@ def submit(sweep: Sweep, names: list[str], slurm: Slurm) -> dict[str, Any]:
 
 
 def run_all(sweep: Sweep, display: Display, slurm: Slurm) -> Iterator[Run]:
-    """Submits the runs that are not finished, and waits for their jobs.
-
-    Yields:
-        Each run whose job has ended.
-    """
+    """Submits the runs that are not finished, waits for their jobs, and yields each run whose job has ended."""
     unfinished = [name for name in sweep.names if sweep.is_open(name)]
-    jobs = submit(sweep, unfinished, slurm) if unfinished else {}
-    if jobs:
-        array = jobs[unfinished[0]].job_id.partition("_")[0]
-        display.say(f"submitted {len(jobs)} runs to SLURM: squeue --jobs={array}")
+    if not unfinished:
+        return
+    jobs = submit(sweep, unfinished, slurm)
+    array = jobs[unfinished[0]].job_id.partition("_")[0]
+    display.say(f"submitted {len(jobs)} runs to SLURM: squeue --jobs={array}")
     while jobs:
         for name, job in list(jobs.items()):
             if job.done() and read_run(sweep.root, name, sweep.metric).status != "running":
@@ -111,13 +109,12 @@ def run_all(sweep: Sweep, display: Display, slurm: Slurm) -> Iterator[Run]:
                     reason = f"SLURM job {job.job_id} ended: {job.state.lower()} ({job.paths.stderr})"
                     write_status(sweep.root, name, "failed", reason)
                 yield read_run(sweep.root, name, sweep.metric)
-            if sweep.gave_up:
-                for other in jobs.values():
-                    other.cancel()
-                return
-        next_poll = time.monotonic() + slurm.poll * bool(jobs)
-        states = Counter(job.state.lower() for job in jobs.values())
-        while time.monotonic() < next_poll:
+        if sweep.gave_up:
+            for job in jobs.values():
+                job.cancel()
+            return
+        states, next_poll = Counter(job.state.lower() for job in jobs.values()), time.monotonic() + slurm.poll
+        while jobs and time.monotonic() < next_poll:
             display.show(", ".join(f"{count} {state}" for state, count in states.items()))
             time.sleep(0.25)
             if sweep.interrupts:
