@@ -11,22 +11,37 @@ import torch
 import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from mnist_cnn.run.callbacks import Histograms, ModelGraph, PredictionWriter
 from mnist_cnn.run.config import check_config_files, with_subcommand
 from mnist_cnn.run.errors import Parser, UserError, fail
 from mnist_cnn.run.experiment import Experiment
 from mnist_cnn.run.files import AtomicCheckpointIO
 from mnist_cnn.run.folder import RunFolder, best_checkpoint, check_checkpoint, find_checkpoint, write_metrics
+from mnist_cnn.run.libraries import NoProfiler, silence_libraries
 from mnist_cnn.run.loggers import RunFolderTensorBoard, finish_wandb, start_wandb
-from mnist_cnn.run.named import CALLBACKS, LOGGERS, all_callbacks, as_list
-from mnist_cnn.run.quiet import silence_libraries
+from mnist_cnn.run.pictures import TestPictures
 from mnist_cnn.run.stop import StopBySignal
+
+# What has a name in YAML: `early_stopping: {patience: 3}`, `histograms: null`.
+CALLBACKS: dict[str, type[Callback]] = {
+    "checkpoint": ModelCheckpoint,
+    "last_checkpoint": ModelCheckpoint,
+    "early_stopping": EarlyStopping,
+    "lr_monitor": LearningRateMonitor,
+    "graph": ModelGraph,
+    "histograms": Histograms,
+    "test_pictures": TestPictures,
+    "predictions": PredictionWriter,
+    "progress_bar": ProgressBar,
+}
+LOGGERS: dict[str, type[Logger]] = {"tensorboard": RunFolderTensorBoard, "wandb": WandbLogger}
 
 
 class ExperimentCLI(LightningCLI):
@@ -85,12 +100,6 @@ class ExperimentCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Overrides LightningCLI's, which would take settings from the checkpoint; here they come from the YAML."""
 
-    def _set_seed(self) -> None:
-        try:
-            super()._set_seed()
-        except ValueError as error:
-            raise UserError(f"seed_everything: {error}") from error
-
     def before_instantiate_classes(self) -> None:
         """Finds the checkpoint that `best` or `last` means."""
         config = self.config[self.subcommand]
@@ -123,6 +132,7 @@ class ExperimentCLI(LightningCLI):
         plugins = as_list(config.trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins += [AtomicCheckpointIO()]
+        kwargs["profiler"] = config.trainer.profiler or NoProfiler()
         kwargs["enable_checkpointing"] = True  # StopBySignal is a Checkpoint
         kwargs["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
         return super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
@@ -202,3 +212,20 @@ class ExperimentCLI(LightningCLI):
                 finish_wandb(status, keep)
         if self.run and not keep:
             self.run.discard()
+
+
+def all_callbacks(config: Any, has_loggers: bool) -> list[Callback]:
+    """The trainer's own callbacks, and the named ones that are not disabled and that Lightning would not refuse."""
+    callbacks = as_list(config.trainer.callbacks)
+    refused: list[type[Callback]] = [] if has_loggers else [LearningRateMonitor]
+    if config.trainer.enable_checkpointing is False:
+        refused.append(ModelCheckpoint)
+    if config.trainer.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in callbacks):
+        refused.append(ProgressBar)  # there can be only one
+    named = [config[name] for name in CALLBACKS if config[name]]
+    return callbacks + [callback for callback in named if not isinstance(callback, tuple(refused))]
+
+
+def as_list(value: Any) -> list[Any]:
+    """A value of the trainer that may be a list, a single object, or null."""
+    return list(value) if isinstance(value, list) else [value] if value else []

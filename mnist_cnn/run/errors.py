@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -65,20 +64,12 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
     lines = re.split(r"\n[ -]*|Type typing\..* class: |Parser key \S+: ?|\. Got value: ", message)
     reason = next((line for line in lines if line.strip() and not NOISE.match(line)), message)
     if missing := re.search(r"dot import path string: (\S+)", reason):
-        hint = "; null disables it" if missing[1].lower() == "false" else similar_class(missing[1])
+        bases: list[type] = [nn.Module, Optimizer, LRScheduler, Callback]
+        hint = nearest(missing[1], [kind.__name__ for base in bases for kind in base.__subclasses__()])
+        hint = "; null disables it" if missing[1].lower() == "false" else hint
         return f"{key}: there is no class {missing[1]} of this kind{hint}"
     value = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value|$)", message, re.MULTILINE)
     if value and reason.startswith(("Expected", "Not a")):
         reason = re.sub(r"Expected (?:an? )?(?:<class '(\w+)'>|typing\.)?", r"expected \1", reason)
         reason += f", got {value[1]!r}"
     return f"{key}: {reason}" if key else reason
-
-
-def similar_class(name: str) -> str:
-    """` (did you mean X?)` with the most similar class that a config may give; the user's own ones come first."""
-    classes: list[type] = [nn.Module, LightningModule, LightningDataModule, Callback, Logger, Optimizer, LRScheduler]
-    for base in classes:  # grows while it is walked
-        subclasses: list[type] = base.__subclasses__()
-        classes += [kind for kind in subclasses if kind not in classes]
-    own = [kind.__name__ for kind in classes if not kind.__module__.startswith(("torch", "lightning", "kornia"))]
-    return nearest(name, own) or nearest(name, [kind.__name__ for kind in classes])

@@ -1,17 +1,24 @@
 """From a grid to run names and complete configs."""
 
+import contextlib
 import functools
 import hashlib
+import importlib
+import io
 import itertools
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+import yaml
+
 from mnist_cnn.run.config import flatten
-from mnist_cnn.run.errors import UserError
+from mnist_cnn.run.errors import UserError, explain
 from mnist_cnn.sweeps.ledger import Config, Run
-from mnist_cnn.sweeps.program import print_config
 
 Point = tuple[int, ...]  # the index of each axis's value
 
@@ -76,6 +83,39 @@ def swept_labels(runs: list[Run]) -> dict[str, dict[str, str]]:
     names = short_names(key for run in runs for key in run.swept)
     shown = {key: labels(run.swept[key] for run in runs if key in run.swept) for key in names}
     return {run.name: {names[key]: shown[key][json.dumps(value)] for key, value in run.swept.items()} for run in runs}
+
+
+def import_program(program: str) -> Callable[[list[str]], Any]:
+    """Imports the function that `module:function` names; the module may be in the working directory."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    module, _, function = program.partition(":")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the threads of OpenMP, if the import started them, would block the runs that are forked
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, SyntaxError, AttributeError) as error:
+        raise UserError(f"program {program} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        torch.set_num_threads(threads)
+
+
+def print_config(program: str, args: list[str]) -> dict[str, Any]:
+    """The complete config that the program's `fit --print_config` prints."""
+    function, output, errors = import_program(program), io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            function(["fit", *args, "--print_config"])
+    except SystemExit as ended:
+        if ended.code:
+            message = re.split("^error: ", errors.getvalue(), flags=re.MULTILINE)[-1].strip()
+            known = [".".join(key) for key in flatten(print_config(program, []))] if args else []
+            raise UserError(explain(message or str(ended.code), known)) from None
+    config = yaml.load(output.getvalue(), yaml.CSafeLoader)
+    if not isinstance(config, dict):
+        remedy = "pass its arguments to LightningCLI(args=...)"
+        raise UserError(f"program {program} prints no config for `fit --print_config`: {remedy}")
+    return config
 
 
 def parse(settings: dict[str, Any], point: Point) -> Config:

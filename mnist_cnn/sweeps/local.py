@@ -11,16 +11,20 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import Timeout
 
+from mnist_cnn.run.errors import fail
+from mnist_cnn.run.folder import write_metrics
 from mnist_cnn.sweeps.display import Display
+from mnist_cnn.sweeps.grid import import_program
 from mnist_cnn.sweeps.ledger import Run, lock, read_run, run_number, write_status
-from mnist_cnn.sweeps.program import run_program
 
 # A forked process has everything imported, and the caches that checking the configs filled: a run starts in a second.
 CONTEXT: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -103,6 +107,27 @@ def run_alone(root: Path, name: str, program: str) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         run_program(program, root / "configs" / f"{name}.yaml", run)
+
+
+def run_program(program: str, config: Path, run: Path) -> None:
+    """Executes a run in this process; writes config.yaml and metrics.json into its folder if the program does not."""
+    function, settings = import_program(program), yaml.load(config.read_bytes(), yaml.CSafeLoader)
+    option = "run_dir" if "run_dir" in settings else "trainer.default_root_dir"
+    args = ["fit", f"--config={config}", f"--{option}={run}"]
+    sys.argv = [str(sys.modules[function.__module__].__file__), *args]  # Lightning starts further processes with it
+    os.environ |= {"WANDB_RUN_GROUP": run.parent.name, "WANDB_NAME": run.name, "WANDB_PROGRAM": sys.argv[0]}
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+    start = time.monotonic()
+    cli = function(args)
+    if not hasattr(cli, "trainer"):
+        fail(f"program {program} must return its LightningCLI; it returned {cli!r}")
+    if not (run / "config.yaml").exists():
+        shutil.copy(config, run / "config.yaml")
+    if not (run / "metrics.json").exists():
+        metrics = {key: value.item() for key, value in cli.trainer.callback_metrics.items()}
+        write_metrics(run, cli.trainer, metrics, time.monotonic() - start)
+    if "wandb" in sys.modules:  # a forked process skips the exit handlers, with which W&B closes a run
+        sys.modules["wandb"].finish()
 
 
 def die_with_parent() -> None:

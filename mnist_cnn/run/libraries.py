@@ -1,7 +1,11 @@
-"""Hides messages and warnings of the libraries that a user can do nothing about."""
+"""Settings of libraries: messages that a user can do nothing about are hidden, and a step of a small net is faster."""
 
+import contextlib
 import logging
 import warnings
+from typing import Any
+
+from lightning.pytorch.profilers import PassThroughProfiler
 
 WARNINGS = (
     r"`torch.jit.\w+` is deprecated|`isinstance\(treespec, LeafSpec\)` is deprecated"  # within torch and Lightning
@@ -16,3 +20,12 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", WARNINGS)
     for package in ("pytorch", "fabric"):
         logging.getLogger(f"lightning.{package}").setLevel(logging.WARNING)
+
+
+class NoProfiler(PassThroughProfiler):
+    """Lightning's default without a new context for each of 80 actions a step: saves 5 % of an epoch of base.yaml."""
+
+    context = contextlib.nullcontext()
+
+    def profile(self, action_name: str) -> Any:
+        return self.context
