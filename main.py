@@ -5,14 +5,7 @@ from mnist_cnn.run.cli import ExperimentCLI
 
 
 def main(args: list[str] | None = None) -> ExperimentCLI:
-    """Runs the experiment that the YAML describes.
-
-    Args:
-        args: Command-line arguments as a list; None: those of the process.
-
-    Returns:
-        The CLI object, with config, model, datamodule and trainer.
-    """
+    """Runs what the arguments (None: those of the process) ask for; returns config, model, datamodule and trainer."""
     return ExperimentCLI(args)
 
 

@@ -1,35 +1,27 @@
 """A grid sweep over a LightningCLI program: `python sweep.py` runs the grid of configs/sweep.yaml.
 
-    python sweep.py --config my_grid.yaml --dry_run   # check and write the configs only
-    python sweep.py --name=lr --base=configs/base.yaml --grid.model.optimizer.lr='[0.05, 0.1]'
-    python sweep.py --config_dir=some/configs         # run the config files of a folder
-    python sweep.py --launcher=slurm                  # run as SLURM jobs
-
-The sweep's folder, logs/sweeps/NAME, holds all its state: the same command continues a stopped sweep, and a second one
-beside it shares the work.
+Its folder, logs/sweeps/NAME, holds its state: the same command continues a stopped sweep, a second one shares the work.
 """
 
-import functools
 import itertools
 import re
 import signal
 import sys
-import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 
-from mnist_cnn.run.config import check_config_files, swept_values
+from mnist_cnn.run.config import swept_values
 from mnist_cnn.run.errors import Parser, UserError, fail
 from mnist_cnn.sweeps import local
 from mnist_cnn.sweeps import slurm as cluster
 from mnist_cnn.sweeps.display import Display, sort_runs
 from mnist_cnn.sweeps.grid import check_grid, complete_configs, flat_keys, parse, run_names
-from mnist_cnn.sweeps.ledger import Run, lock, read_run, read_runs, to_yaml, write_results, write_sweep
+from mnist_cnn.sweeps.ledger import Run, lock, read_run, read_runs, read_settings, to_yaml, write_results, write_sweep
+from mnist_cnn.sweeps.report import report
 
 
 def sweep(
@@ -51,11 +43,9 @@ def sweep(
 
     Args:
         base: Config files of the program with which every run begins.
-        grid: Key, as on the program's command line -> list of values. The values of the key `config` are config
-            files on top of base: a file, a list of files, or null for none.
+        grid: Key, as on the program's command line -> list of values. Those of `config` are files on top of base.
         fixed: Key -> value, in every run in which the grid does not set the key.
-        name: Name of the sweep's folder in logs/sweeps and of the runs' group in W&B; null: that of config_dir, or
-            "sweep".
+        name: The folder in logs/sweeps, and the runs' group in W&B; null: the name of config_dir, or "sweep".
         metric: Metric that runs are compared by, as metrics.json names it.
         mode: Whether a higher (max) or lower (min) metric is better.
         program: module:function, where function(args) returns its LightningCLI.
@@ -69,10 +59,8 @@ def sweep(
     # Settings.
     base, grid, fixed = [base] if isinstance(base, str) else base, flat_keys(grid), flat_keys(fixed)
     files = sorted(Path(config_dir).glob("*.yaml")) if config_dir else []
-    if config_dir and (base or grid):
-        raise UserError("give either config_dir, or base and grid")
-    if config_dir and not files:
-        raise UserError(f"config_dir {config_dir} has no config files (*.yaml)")
+    if config_dir and (base or grid or not files):
+        raise UserError(f"config_dir {config_dir} must have config files (*.yaml), and excludes base and grid")
     grid = {"config": [str(file) for file in files]} if files else grid
     check_grid(grid)
     if launcher == "slurm":
@@ -87,15 +75,13 @@ def sweep(
     names = write_configs(root, settings | {"program": program}, files, limit)
     display = Display(metric, mode)
     if dry_run:
-        display.print_table([read_run(root, name, metric) for name in names], rows=100)
+        display.print_table([read_run(root, name, metric) for name in names[:100]])
         display.say(f"{len(names)} runs: {root / 'configs'}")
         return 0
-    # Runs, each in a process of its own; results.csv after each.
+    # Runs, each in a process of its own; results.csv after each; the table and the report at the end.
     todo = local.Sweep(root, names, program, metric)
     ended = cluster.run_all(todo, display, slurm) if launcher == "slurm" else local.run_all(todo, display)
-    runs = execute(todo, display, ended, max_failures)
-    # Table and report.
-    return summarize(todo, display, runs)
+    return execute(todo, display, ended, max_failures)
 
 
 def write_configs(root: Path, settings: dict[str, Any], files: list[Path], limit: int | None) -> list[str]:
@@ -103,10 +89,11 @@ def write_configs(root: Path, settings: dict[str, Any], files: list[Path], limit
     grid = settings["grid"]
     points = list(itertools.islice(itertools.product(*(range(len(values)) for values in grid.values())), limit))
     print(f"checking {len(points)} configs", flush=True)
-    configs = complete_configs(functools.partial(parse, settings), points)
+    configs = complete_configs(lambda point: parse(settings, point), points)
     with lock(root, "sweep"):
-        if files:
-            settings, names, swept = {}, [file.stem for file in files], [swept_values(file) for file in files]
+        if files:  # perhaps those of a sweep, whose base, grid and fixed stay in sweep.yaml
+            settings = (read_settings(root) or settings) | {key: settings[key] for key in ("program", "metric", "mode")}
+            names, swept = [file.stem for file in files], [swept_values(file) for file in files]
         else:
             names = run_names((path.stem for path in (root / "configs").glob("*.yaml")), grid)
             swept = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
@@ -115,9 +102,9 @@ def write_configs(root: Path, settings: dict[str, Any], files: list[Path], limit
     return sorted(contents)
 
 
-def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[Run], max_failures: int) -> list[Run]:
-    """Executes the runs as the launcher yields them, with results.csv and the display up to date; returns all runs."""
-    for number in local.SIGNALS:
+def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[Run], max_failures: int) -> int:
+    """Executes the runs, with results.csv after each, then writes the table and the report; returns the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, todo.interrupt)
     failures, runs = 0, []
     for ended in itertools.chain([None], ended_runs, [None]):  # before the runs, after each, and after all
@@ -128,21 +115,13 @@ def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[Run], max_
         if ended:
             failures = failures + 1 if ended.status == "failed" else 0
             todo.gave_up = failures >= max_failures
-    return runs
-
-
-def summarize(todo: local.Sweep, display: Display, runs: list[Run]) -> int:
-    """Prints the table and the failed runs, writes the report; returns the exit status."""
-    from mnist_cnn.sweeps.report import report  # plotly takes a second
-
     finished = [run for run in runs if run.status == "finished"]
-    display.print_table(sort_runs(finished, todo.metric, display.mode))
+    display.print_table(sort_runs(finished, todo.metric, display.mode)[:20])
     for run in runs:
         if run.status == "failed":
             display.say(f"failed: {run.name}: {run.reason} (see {todo.root / run.name / 'output.log'})")
-    took = timedelta(seconds=round(time.time() - todo.start))
-    display.say(f"{len(finished)} of {len(runs)} runs are finished, after {took}: {todo.root / 'results.csv'}")
-    display.say(f"report: {report(todo.root, todo.metric, display.mode)}")
+    display.say(f"{len(finished)} of {len(runs)} runs are finished: {todo.root / 'results.csv'}")
+    display.say(f"report: {report(todo.root)}")
     if todo.gave_up:
         raise UserError("stopped because too many runs failed in a row (max_failures): see their logs")
     if todo.interrupts:
@@ -151,16 +130,14 @@ def summarize(todo: local.Sweep, display: Display, runs: list[Run]) -> int:
     return int(len(finished) < len(runs))
 
 
-def main(args: list[str] | None = None) -> int:
+def main(args: list[str]) -> int:
     """The command line; returns the exit status."""
-    args = sys.argv[1:] if args is None else args
     if not any(arg.startswith(("--config", "--grid", "-h", "--help")) for arg in args):
         args = [f"--config={Path(__file__).parent / 'configs/sweep.yaml'}", *args]
     args = ["--dry_run=true" if arg == "--dry_run" else arg for arg in args]
     # jsonargparse keeps only the last of two settings --grid.model.A and --grid.model.B; flat_keys reverts this.
     args = [re.sub(r"^(--(?:grid|fixed)\.)([^=]+)", lambda key: key[1] + key[2].replace(".", "/"), arg) for arg in args]
     try:
-        check_config_files(args)
         return auto_cli(sweep, args=args, as_positional=False, parser_class=Parser, description=__doc__.split("\n")[0])
     except UserError as error:
         fail(str(error))
@@ -169,4 +146,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

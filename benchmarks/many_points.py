@@ -17,7 +17,7 @@ REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
 
 import sweep  # noqa: E402
-from mnist_cnn.sweeps import grid, program  # noqa: E402
+from mnist_cnn.sweeps import grid  # noqa: E402
 
 AXES = {
     "model.net.l1_chan": list(range(4, 14)),
@@ -33,7 +33,7 @@ def measure(count: int) -> None:
     """Checks and writes so many points; prints the seconds, the seconds of one call of the parser, and peak MiB."""
     axes = {key: values[:size] for (key, values), size in zip(AXES.items(), SIZES[count])}
     settings = {"program": "main:main", "base": [f"{REPO}/configs/base.yaml"], "fixed": {}, "grid": axes}
-    program.import_program("main:main")
+    grid.import_program("main:main")
     start = time.monotonic()
     names = sweep.write_configs(Path("logs/sweeps/many"), settings, [], None)
     seconds = time.monotonic() - start

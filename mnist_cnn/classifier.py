@@ -43,7 +43,7 @@ class LitClassifier(Experiment):
         return self.net(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Mean cross-entropy of the batch, in nats, and whether each prediction is right [N]."""
+        """Mean cross-entropy of the batch, in nats, and whether each prediction is right: bool [N]."""
         images, targets = batch
         logits = self(images)
         loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)

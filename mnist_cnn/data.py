@@ -33,25 +33,24 @@ class TensorBatches(TensorDataset):
 class ResumableLoader(DataLoader):
     """A DataLoader that skips the batches that a resumed epoch has already seen."""
 
-    epoch_loop: Any = None  # the trainer's loop over the batches of training
+    loop: Any = None  # the trainer's loop over the batches of training
 
     def __iter__(self) -> Any:
-        loop = self.epoch_loop
-        done = loop.batch_progress.current.processed if loop and loop.restarting else 0
-        yield from itertools.islice(super().__iter__(), done, None)
+        seen = self.loop.batch_progress.current.processed if self.loop and self.loop.restarting else 0
+        yield from itertools.islice(super().__iter__(), seen, None)
 
 
 class MNISTDataModule(LightningDataModule):
     """MNIST, Fashion-MNIST or KMNIST: batches of images [N, 1, 28, 28], normalised, and targets [N].
 
-    The order of the training images in epoch k depends on `seed_everything` and k alone, so a resumed run sees the
-    same batches as an uninterrupted one. The validation set depends on `split_seed` alone.
+    The order of the training images depends on `seed_everything` and the epoch alone, the validation set on
+    `split_seed` alone.
 
     Args:
         data_dir: Folder that holds MNIST/raw/*.gz; missing archives are downloaded into it.
         dataset: Name of a dataset of torchvision.
         batch_size: Images in a training step, in each process.
-        val_size: Held out of the 60,000 training images: a number of images, or a fraction below 1.
+        val_size: Held out of the 60,000 training images: a number of images, or a fraction.
         split_seed: Seed that chooses the validation images.
         eval_batch_size: Images in a step of validation, test and prediction; changes speed and memory only.
         drop_last: Whether an incomplete last training batch is dropped.
@@ -59,8 +58,7 @@ class MNISTDataModule(LightningDataModule):
         std: Divides pixels in [0, 1]; by default the standard deviation of MNIST's training images.
         num_workers: Worker processes of a DataLoader; 0 is fastest for images in memory.
         predict_dir: An image file, or a folder of them, to predict instead of the test set.
-        augment: Modules that change the training images in turn, on the device, before they are normalised: from
-            [N, 1, H, W] in [0, 1] to the same, with separate random numbers for each image, as in kornia.augmentation.
+        augment: Modules, such as kornia's, that change the training images [N, 1, H, W] in [0, 1] on the device.
     """
 
     def __init__(
@@ -90,7 +88,6 @@ class MNISTDataModule(LightningDataModule):
         self.unreadable: list[str] = []  # files of predict_dir that are no images, each with the reason
 
     def prepare_data(self) -> None:
-        """Downloads the archives if one is missing and needed."""
         raw = Path(self.data_dir, self.dataset.__name__, "raw")
         missing = [raw / name for name, _ in self.dataset.resources if not (raw / name).exists()]
         if missing and not (self.predict_dir and self.trainer and self.trainer.predicting):
@@ -102,13 +99,12 @@ class MNISTDataModule(LightningDataModule):
                 raise UserError(f"{missing[0]} is missing and cannot be downloaded ({error}): copy it there") from error
 
     def setup(self, stage: str) -> None:
-        """Reads the images of the stage, once."""
         if stage in ("fit", "validate") and "train" not in self.sets:
             images, targets = self._read("train")
             num_val = round(self.val_size * len(images)) if isinstance(self.val_size, float) else self.val_size
             if not 0 <= num_val <= len(images) - self.batch_size:
-                left = f"val_size={self.val_size} leaves {len(images) - num_val} of {len(images)} images to train on"
-                raise UserError(f"{left}; batch_size is {self.batch_size}")
+                sizes = f"val_size={self.val_size} and batch_size={self.batch_size}"
+                raise UserError(f"{sizes} leave no batch of the {len(images)} training images")
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.split_seed))
             for name, index in (("val", order[:num_val]), ("train", order[num_val:])):
                 self.sets[name] = TensorBatches(images[index], targets[index])
@@ -142,9 +138,10 @@ class MNISTDataModule(LightningDataModule):
 
     def _loader(self, name: str) -> DataLoader:
         images, trainer, is_train = self.sets[name], self.trainer, name == "train"
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # of seed_everything
         processes = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         if is_train:  # Lightning tells it the epoch
-            sampler: DistributedSampler = DistributedSampler(images, *processes, True, seed(), self.drop_last)
+            sampler: DistributedSampler = DistributedSampler(images, *processes, True, seed, self.drop_last)
         else:  # repeats no image to make the processes' shares equal
             sampler = UnrepeatedDistributedSampler(images, *processes, shuffle=False)
         loader = ResumableLoader(
@@ -155,13 +152,13 @@ class MNISTDataModule(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=tuple,  # __getitems__ returns a batch
-            generator=torch.Generator().manual_seed(seed()),  # not the global one, from which the model draws
+            generator=torch.Generator().manual_seed(seed),  # not the global one, from which the model draws
         )
-        loader.epoch_loop = trainer.fit_loop.epoch_loop if trainer and is_train else None
+        loader.loop = trainer.fit_loop.epoch_loop if trainer and is_train else None
         return loader
 
     def _read(self, name: str) -> tuple[Tensor, Tensor]:
-        """Images uint8 [N, 28, 28] and targets int64 [N] of train or t10k, behind headers of 16 and 8 bytes."""
+        # images uint8 [N, 28, 28] and targets int64 [N], behind headers of 16 and 8 bytes
         raw = Path(self.data_dir, self.dataset.__name__, "raw")
         images = read_gzip(raw / f"{name}-images-idx3-ubyte.gz")[16:].view(-1, 28, 28)
         return images, read_gzip(raw / f"{name}-labels-idx1-ubyte.gz")[8:].long()
@@ -174,8 +171,3 @@ def read_gzip(path: Path) -> Tensor:
         return torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is missing or damaged ({error}): restore it, or delete it to download it") from error
-
-
-def seed() -> int:
-    """The seed of seed_everything; 0 if there is none."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))

@@ -13,8 +13,7 @@ from mnist_cnn.run.errors import UserError
 def read_images(source: str) -> tuple[Tensor, list[str], list[str]]:
     """Reads an image file, or all those in a folder and its subfolders, and prepares them as MNIST was.
 
-    Returns:
-        uint8 [N, 28, 28]; the N file names; the files that could not be read, each with the reason.
+    Returns uint8 [N, 28, 28], the N file names, and the files that could not be read, each with the reason.
     """
     root, known = Path(source), Image.registered_extensions()
     files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.suffix.lower() in known)
@@ -33,15 +32,11 @@ def read_images(source: str) -> tuple[Tensor, list[str], list[str]]:
 
 
 def to_mnist(image: Image.Image) -> Tensor:
-    """Prepares an image the way MNIST was made: ink white on black, fitted into 20x20, centred by mass in 28x28.
+    """Prepares an image the way MNIST was made: ink white on black, fitted into 20x20, centred by mass: uint8 [28, 28].
 
     The method is that of LeCun et al., "Gradient-Based Learning Applied to Document Recognition" (1998), section III.A.
-
-    Args:
-        image: Any size and mode, dark on light or light on dark; the median of its border counts as background.
-
-    Returns:
-        uint8 [28, 28]. A blank image raises a ValueError.
+    The image may have any size and mode, dark on light or light on dark; the median of its border counts as background.
+    A blank one raises a ValueError.
     """
     image = ImageOps.exif_transpose(image)
     if "A" in image.getbands() or "transparency" in image.info:

@@ -44,9 +44,7 @@ class CNN(nn.Module):
 
 
 class StackCNN(nn.Sequential):
-    """Convolutions without bias, each with batch normalisation, ReLU and perhaps max pooling; then a linear layer.
-
-    The layers are named conv1, norm1, relu1, pool1 and so on. A ValueError says if nothing of the image is left.
+    """Layers conv1, norm1, relu1, perhaps pool1, conv2 and so on; then a linear layer. Convolutions have no bias.
 
     Args:
         channels: Channels out of each convolution.
@@ -65,11 +63,11 @@ class StackCNN(nn.Sequential):
         pools: Sequence[PositiveInt] = (1, 1, 1),
     ) -> None:
         super().__init__()
-        if not len(channels) == len(kernel_sizes) == len(strides) == len(paddings) == len(pools):
+        lists = (channels, kernel_sizes, strides, paddings, pools)
+        if len({len(each) for each in lists}) > 1:
             raise ValueError("channels, kernel_sizes, strides, paddings and pools must have the same length")
         width, before = 28, 1
-        layers = zip(channels, kernel_sizes, strides, paddings, pools)
-        for index, (after, kernel, stride, padding, pool) in enumerate(layers, 1):
+        for index, (after, kernel, stride, padding, pool) in enumerate(zip(*lists), 1):
             self.add_module(f"conv{index}", nn.Conv2d(before, after, kernel, stride, padding, bias=False))
             self.add_module(f"norm{index}", nn.BatchNorm2d(after))
             self.add_module(f"relu{index}", nn.ReLU())

@@ -8,9 +8,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class WarmupCosineLR(LambdaLR):
-    """Rises linearly to the optimizer's learning rate, then falls along half a cosine; stepped after each step.
+    """Rises linearly to the optimizer's learning rate (Goyal et al., 2017), then falls along half a cosine.
 
-    Sources: Goyal et al., Accurate, Large Minibatch SGD, 2017 (warm-up); Loshchilov and Hutter, SGDR, 2017 (cosine).
+    The sources are "Accurate, Large Minibatch SGD" and Loshchilov and Hutter, "SGDR" (2017).
 
     Args:
         optimizer: Whose learning rate it is.

@@ -9,7 +9,7 @@ from conftest import BRIEF, LAST, main
 
 from mnist_cnn.run.errors import UserError
 from mnist_cnn.run.files import AtomicCheckpointIO, write_atomically
-from mnist_cnn.run.folder import RunFolder, new_version, versions
+from mnist_cnn.run.folder import create_run, versions
 
 
 class Fails:
@@ -58,22 +58,22 @@ def test_a_runs_checkpoints_are_written_that_way(folder, monkeypatch):
 def test_run_folders_are_numbered(tmp_path):
     for name in ("version_2", "version_10", "version_x", "other"):
         (tmp_path / name).mkdir()
-    (tmp_path / "version_11").touch()  # a file
     assert versions(tmp_path) == [tmp_path / "version_2", tmp_path / "version_10"]
-    (tmp_path / "version_11").unlink()
-    assert new_version(tmp_path) == tmp_path / "version_11"
+    assert create_run(None, tmp_path, "model: CNN") == tmp_path / "version_11"
+    assert (tmp_path / "version_11/config.yaml").read_text() == "model: CNN"
 
 
 def test_many_at_once_get_a_folder_each(tmp_path):
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: new_version(tmp_path / "logs"), range(40)))
+        made = list(pool.map(lambda _: create_run(None, tmp_path / "logs", ""), range(40)))
     assert sorted(made) == sorted(tmp_path / "logs" / f"version_{n}" for n in range(40))
 
 
-def test_a_folder_that_cannot_be_created_costs_no_other_run(tmp_path):
-    other = tmp_path / f"version_{'9' * 247}"  # the next name would be too long
-    other.mkdir()
-    (other / "metrics.json").touch()
-    with pytest.raises(UserError, match="not writable"):
-        RunFolder(tmp_path, "", is_parent=True)
-    assert (other / "metrics.json").exists()
+@pytest.mark.parametrize("name", ["config.yaml", "checkpoints/last.ckpt"])
+def test_a_folder_with_another_run_is_refused_and_left_as_it_was(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("another")
+    with pytest.raises(UserError, match="holds a run already"):
+        create_run(tmp_path, tmp_path, "")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [os.path.basename(name)]
+    assert (tmp_path / name).read_text() == "another"

@@ -97,9 +97,13 @@ def test_a_folder_of_configs_is_run(tiny, folder):
     for name in NAMES[:3]:
         os.remove(f"mine/{name}.yaml")
     Path("mine/own.yaml").write_text("# no sweep\n" + Path(f"mine/{NAMES[3]}.yaml").read_text().partition("\n")[2])
-    assert sweep.main(["--config_dir=mine", '--fixed={"wandb": null, "tensorboard": null}']) == 0
+    options = ["--metric=test/loss", "--mode=min", '--fixed={"wandb": null, "tensorboard": null}']
+    assert sweep.main(["--config_dir=mine", *options]) == 0
     there = {row["name"]: row for row in rows(tiny[0] / SWEEP)}
     swept, own = rows(Path("logs/sweeps/mine"))
+    assert yaml.safe_load(Path("logs/sweeps/mine/sweep.yaml").read_text())["metric"] == "test/loss"
+    page = Path("logs/sweeps/mine/report.html").read_text()
+    assert "The metric is test/loss; lower is better." in page
     assert (swept["name"], own["name"]) == (NAMES[3], "own")
     assert (swept["model.optimizer.nesterov"], own["model.optimizer.nesterov"]) == ("true", "")
     assert swept["val/loss"] == own["val/loss"] == there[NAMES[3]]["val/loss"]
@@ -108,9 +112,9 @@ def test_a_folder_of_configs_is_run(tiny, folder):
 # From a grid to configs -----------------------------------------------------------------------------------------------
 
 
-def test_keys_get_their_last_words_for_a_name():
+def test_keys_get_their_last_word_or_all_words_for_a_name():
     keys = ["model.net.init_args.width", "data.init_args.width", "model.optimizer.lr", "model.net.class_path"]
-    assert list(short_names(keys).values()) == ["net.width", "data.width", "lr", "net"]
+    assert list(short_names(keys).values()) == ["model.net.width", "data.width", "lr", "net"]
 
 
 def test_values_get_short_names_that_distinguish_them():
@@ -224,8 +228,8 @@ CHANGES = {
         {"program": "other:main"},
         "sweep.yaml has other settings (program: foreign:main, now other:main): give",
     ),
-    "fixed": ({"fixed": {"trainer.max_epochs": 5}}, "sweep.yaml has other settings (trainer.max_epochs: None, now 5)"),
-    "base": ({"base": "over.yaml"}, "base: ['mine.yaml'], now ['over.yaml']"),
+    "fixed": ({"fixed": {"trainer.max_epochs": 5}}, "false.yaml has other settings (trainer.max_epochs: 2, now 5)"),
+    "base": ({"base": "over.yaml"}, "000-lr=0.1-bias=false.yaml has other settings (seed_everything: 7, now 9)"),
     "content of base": (
         {},
         "000-lr=0.1-bias=false.yaml has other settings (seed_everything: 7, now 8): give the sweep",
@@ -235,14 +239,14 @@ CHANGES = {
 
 @pytest.mark.parametrize("change, message", CHANGES.values(), ids=CHANGES.keys())
 def test_another_sweep_in_the_same_folder_is_refused(change, message, foreign, capfd):
-    for name in ("mine.yaml", "over.yaml"):
-        Path(name).write_text("seed_everything: 7\n")
+    Path("mine.yaml").write_text("seed_everything: 7\n")
+    Path("over.yaml").write_text("seed_everything: 9\n")
     Path("other.py").write_text("from foreign import main\n")
     content = {"program": "foreign:main", "name": "tiny", "base": "mine.yaml", "grid": TWO}
     for name, sweep_settings in (("a.yaml", content), ("b.yaml", content | change)):
         Path(name).write_text(yaml.safe_dump(sweep_settings, sort_keys=False))
     assert sweep.main(["--config=a.yaml", "--dry_run"]) == 0
-    Path("mine.yaml").write_text("seed_everything: 8\n")
+    Path("mine.yaml").write_text(f"seed_everything: {7 if change else 8}\n")
     before = {path: path.read_text() for path in Path("logs").rglob("*") if path.is_file()}
     assert message in error_of(capfd, "--config=b.yaml", "--dry_run")
     assert {path: path.read_text() for path in Path("logs").rglob("*") if path.is_file()} == before
@@ -285,10 +289,10 @@ MISTAKES = {
     "failures": (["--max_failures=0"], "max_failures: "),
     "slurm's setting": (["--slurm.tme=3"], "unknown key slurm.tme (did you mean slurm.time?)"),
     "slurm's time": (["--slurm.time=1:00:00"], "slurm.time: "),
-    "config_dir and grid": (["--config_dir=some"], "give either config_dir, or base and grid"),
+    "config_dir and grid": (["--config_dir=some"], "must have config files (*.yaml), and excludes base and grid"),
     "empty config_dir": (
         ["--config_dir=some", "--base=[]", "--grid={}"],
-        "config_dir some has no config files (*.yaml)",
+        "config_dir some must have config files (*.yaml), and excludes base and grid",
     ),
 }
 
@@ -311,6 +315,7 @@ def test_a_dry_run_is_continued_by_its_folder_and_by_its_command(foreign):
     assert sweep.main([*args, "--dry_run"]) == 0
     assert sweep.main([*FOREIGN[:3], f"--config_dir={SWEEP}/configs"]) == 0
     assert [(row["status"], row["model.lr"]) for row in rows()] == [("finished", "0.1"), ("finished", "0.2")]
+    assert yaml.safe_load((SWEEP / "sweep.yaml").read_text())["grid"] == {"model.lr": [0.1, 0.2]}
     assert sweep.main(args) == 0
     assert len(trained()) == 2
 

@@ -1,9 +1,9 @@
 """Callbacks of every experiment: graph, histograms, progress, and the file that predict writes."""
 
 import csv
-import functools
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,10 +34,9 @@ class ModelGraph(Callback):
 
 
 class Histograms(Callback):
-    """Logs histograms of parameters, gradients and layer outputs, as param/..., grad/... and act/... with their paths.
+    """Logs histograms of parameters, gradients and layer outputs of a step, as param/NAME, grad/NAME and act/NAME.
 
-    All values are from the same step, without an extra pass: outputs of its forward pass, gradients of its backward
-    pass, the parameters that both used.
+    They need no extra pass: outputs are of the step's forward pass, gradients of its backward pass.
 
     Args:
         every_n_steps: Optimizer steps between two sets of histograms; the first is at step 0.
@@ -50,25 +49,20 @@ class Histograms(Callback):
         self._hooks: list[Any] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Hooks the layers at a step that will be logged."""
         self._unhook()  # with accumulated gradients, the last batch of the step counts
         if trainer.global_step % self.every_n_steps == 0 and trainer.loggers and trainer.is_global_zero:
-            for name, module in pl_module.named_modules():
-                if not list(module.children()):
-                    hook = functools.partial(self._keep_output, name)
-                    self._hooks.append(module.register_forward_hook(hook))
+            layers = [(name, layer) for name, layer in pl_module.named_modules() if not list(layer.children())]
+            self._hooks = [layer.register_forward_hook(partial(self._keep_output, name)) for name, layer in layers]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Logs the step's values before the parameters change."""
-        if not self._hooks:
-            return
-        values = {f"act/{name}": output for name, output in self._outputs.items()}
-        for name, parameter in pl_module.named_parameters():
-            values[f"param/{name}"] = parameter
-            if parameter.grad is not None:
-                values[f"grad/{name}"] = parameter.grad
-        log_histograms(trainer, values, self.bins)
-        self._unhook()
+        if self._hooks:
+            parameters = dict(pl_module.named_parameters())
+            values = {f"act/{name}": output for name, output in self._outputs.items()}
+            values |= {f"param/{name}": parameter for name, parameter in parameters.items()}
+            values |= {f"grad/{name}": p.grad for name, p in parameters.items() if p.grad is not None}
+            log_histograms(trainer, values, self.bins)
+            self._unhook()
 
     def _keep_output(self, name: str, module: Any, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
@@ -82,18 +76,13 @@ class Histograms(Callback):
 
 
 class EpochProgressBar(TQDMProgressBar):
-    """A bar over the steps of training, in a terminal only, and a line for each finished epoch.
-
-    Args:
-        refresh_rate: Steps between two updates of the bar.
-    """
+    """A bar over the steps of training, in a terminal only, and a line for each finished epoch."""
 
     def __init__(self, refresh_rate: int = 50) -> None:
         super().__init__(refresh_rate if sys.stdout.isatty() else 0)
 
     def init_validation_tqdm(self) -> tqdm:
-        """No bar for validation; it takes half a second."""
-        return tqdm(disable=True)
+        return tqdm(disable=True)  # it takes half a second
 
     init_test_tqdm = init_validation_tqdm
 
@@ -110,11 +99,7 @@ class EpochProgressBar(TQDMProgressBar):
 
 
 class PredictionWriter(Callback):
-    """Writes predicted probabilities to a CSV file: file name or index, predicted class, a column for each class.
-
-    Args:
-        path: The file. An older one is replaced.
-    """
+    """Writes predicted probabilities to a CSV file: file name or index, predicted class, a column for each class."""
 
     def __init__(self, path: str = "predictions.csv") -> None:
         self.path = path
@@ -128,10 +113,8 @@ class PredictionWriter(Callback):
         self._probabilities.append(outputs.cpu())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the file, then reports the files of predict_dir that are not images."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        probabilities = torch.cat(self._probabilities)
-        names = getattr(data, "predict_names", None)
+        probabilities, names = torch.cat(self._probabilities), getattr(data, "predict_names", None)
         try:
             with write_atomically(self.path) as file:
                 writer = csv.writer(file, lineterminator="\n")

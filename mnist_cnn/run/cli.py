@@ -1,16 +1,16 @@
 """ExperimentCLI: LightningCLI and what a whole experiment needs around a fit, in the order in which it happens."""
 
+import itertools
 import os
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import yaml
 from jsonargparse.typing import PositiveInt
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -19,12 +19,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from mnist_cnn.run.callbacks import Histograms, ModelGraph, PredictionWriter
-from mnist_cnn.run.config import check_config_files, with_subcommand
 from mnist_cnn.run.errors import Parser, UserError, fail
 from mnist_cnn.run.experiment import Experiment
-from mnist_cnn.run.files import AtomicCheckpointIO
-from mnist_cnn.run.folder import RunFolder, best_checkpoint, check_checkpoint, find_checkpoint, write_metrics
-from mnist_cnn.run.libraries import NoProfiler, silence_libraries
+from mnist_cnn.run.folder import best_checkpoint, check_checkpoint, create_run, discard, find_checkpoint, write_metrics
+from mnist_cnn.run.libraries import silence_libraries
 from mnist_cnn.run.loggers import RunFolderTensorBoard, finish_wandb, start_wandb
 from mnist_cnn.run.pictures import TestPictures
 from mnist_cnn.run.stop import StopBySignal
@@ -47,15 +45,11 @@ LOGGERS: dict[str, type[Logger]] = {"tensorboard": RunFolderTensorBoard, "wandb"
 class ExperimentCLI(LightningCLI):
     """LightningCLI with named callbacks and loggers, one folder a run, and the best checkpoint tested after fit.
 
-    Model and data are chosen by class path; optimizer and schedule are arguments of the model. A user's mistake is
-    reported in one line, before anything is written.
-
     Args:
         args: Command-line arguments; None: those of the process. Without a subcommand they are those of fit.
     """
 
-    run: RunFolder | None = None  # in the main process of a fit
-    metrics: dict[str, float] = {}  # noqa: RUF012  those of the best checkpoint, at the end
+    run: Path | None = None  # the folder of a fit, in the main process
 
     def __init__(self, args: list[str] | None = None) -> None:
         silence_libraries()
@@ -63,34 +57,31 @@ class ExperimentCLI(LightningCLI):
         args = with_subcommand(sys.argv[1:] if args is None else args)
         self.given_subcommand = args[0] if args else ""
         self.stop = StopBySignal()
-        status = 1
         with self.stop:
             try:
-                check_config_files(args)
                 super().__init__(
                     auto_configure_optimizers=False,
-                    save_config_callback=None,  # RunFolder writes it, whatever the loggers
+                    save_config_callback=None,  # before_fit writes it, whatever the loggers
                     parser_class=Parser,
+                    trainer_defaults={
+                        "plugins": {"class_path": "mnist_cnn.run.files.AtomicCheckpointIO"},
+                        "profiler": {"class_path": "mnist_cnn.run.libraries.NoProfiler"},
+                    },
                     args=args,
                 )
-                status = 0
             except (Exception, SystemExit) as error:
+                self.close(status=1)
                 self.report(error)
                 raise
-            finally:
-                self.close(status)
+            self.close(status=0)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the named callbacks and loggers, and the run's own settings."""
         for name, kind in {**CALLBACKS, **LOGGERS}.items():
-            text = f"A {kind.__name__} with its arguments; null disables it."
-            parser.add_argument(f"--{name}", type=Optional[kind], default=None, help=text)  # noqa: UP045
-        text = "Whether fit ends with validating and testing the best checkpoint and writing metrics.json."
-        parser.add_argument("--evaluate_best", type=bool, default=True, help=text)
-        text = "Number of CPU threads. Results with another number differ in the last digits."
-        parser.add_argument("--num_threads", type=PositiveInt, default=torch.get_num_threads(), help=text)
-        text = "The run's folder; null: a new version_N in trainer.default_root_dir. It is not saved in config.yaml."
-        parser.add_argument("--run_dir", type=Optional[str], default=None, help=text)  # noqa: UP045
+            parser.add_argument(f"--{name}", type=kind | None, default=None, help=f"{kind.__name__}; null disables it.")
+        parser.add_argument("--evaluate_best", type=bool, default=True, help="Validate and test the best checkpoint.")
+        parser.add_argument("--num_threads", type=PositiveInt, default=torch.get_num_threads(), help="CPU threads.")
+        parser.add_argument("--run_dir", type=str | None, default=None, help="The run's folder; null: a new version_N.")
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Only the given subcommand; building the parser of each takes a tenth of a second."""
@@ -106,8 +97,7 @@ class ExperimentCLI(LightningCLI):
         given = config.ckpt_path
         if given in ("best", "last") or (given is None and self.subcommand != "fit"):
             files = [Path(file.absolute) for file in config.config or [] if file is not None]
-            root = Path(config.trainer.default_root_dir or ".")
-            config.ckpt_path = find_checkpoint(root, files, given or "best")
+            config.ckpt_path = find_checkpoint(Path(config.trainer.default_root_dir or "."), files, given or "best")
         torch.set_num_threads(config.num_threads)
 
     def instantiate_classes(self) -> None:
@@ -125,23 +115,26 @@ class ExperimentCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the named callbacks and loggers to the trainer's own."""
         config = self.config_init[self.subcommand]
-        loggers = config.trainer.logger
+        given, loggers = config.trainer.callbacks, config.trainer.logger
+        given = given if isinstance(given, list) else [given]
         if loggers in (None, True):  # an evaluation prints its numbers
             loggers = [config[name] for name in LOGGERS if config[name] and self.subcommand == "fit"]
-        callbacks = [*all_callbacks(config, has_loggers=bool(loggers)), self.stop]
-        plugins = as_list(config.trainer.plugins)
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins += [AtomicCheckpointIO()]
-        kwargs["profiler"] = config.trainer.profiler or NoProfiler()
-        kwargs["enable_checkpointing"] = True  # StopBySignal is a Checkpoint
+        if not loggers:  # Lightning would refuse these callbacks
+            config.lr_monitor = None
+        if config.trainer.enable_checkpointing is False:
+            config.checkpoint = config.last_checkpoint = None
+        if config.trainer.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in given):
+            config.progress_bar = None
+        callbacks = [callback for callback in (*given, *(config[name] for name in CALLBACKS), self.stop) if callback]
+        kwargs |= {"logger": loggers, "callbacks": callbacks, "enable_checkpointing": True}  # StopBySignal is one
         kwargs["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        return super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
+        return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
         """Checks the checkpoint, creates the folder of a fit, and starts the loggers."""
         self.start = time.monotonic()
         trainer, config = self.trainer, self.config[self.subcommand]
-        if config.ckpt_path is not None and "://" not in str(config.ckpt_path):
+        if config.ckpt_path is not None and "://" not in config.ckpt_path:
             check_checkpoint(config.ckpt_path, self.model, config.weights_only, resume=self.subcommand == "fit")
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
@@ -149,14 +142,14 @@ class ExperimentCLI(LightningCLI):
             resumed = f"# resumed from {config.ckpt_path}\n" if config.ckpt_path else ""
             content = resumed + yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
             given = config.run_dir or next((logger.log_dir for logger in trainer.loggers if logger.log_dir), None)
-            self.run = RunFolder(Path(given or trainer.default_root_dir), content, is_parent=given is None)
+            self.run = create_run(Path(given) if given else None, Path(trainer.default_root_dir), content)
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint):
-                    callback.dirpath = callback.dirpath or str(self.run.path.absolute() / "checkpoints")
-                    self.stop.path = self.run.path / "checkpoints/last.ckpt"
+                    callback.dirpath = callback.dirpath or str(self.run.absolute() / "checkpoints")
+                    self.stop.path = self.run / "checkpoints/last.ckpt"
         for logger in trainer.loggers:
             if isinstance(logger, RunFolderTensorBoard) and self.run:
-                logger.start(self.run.path)
+                logger.start(self.run)
             elif isinstance(logger, WandbLogger):
                 start_wandb(logger)
                 logger.log_hyperparams(self.settings)
@@ -175,18 +168,20 @@ class ExperimentCLI(LightningCLI):
                 for result in evaluate(self.model, None, best, False, self.datamodule, config.weights_only):
                     metrics |= result
         if self.run:
-            self.metrics = metrics
             for name, value in metrics.items():
                 print(f"{name:10} {value:.4f}")
-            print(f"{epochs} epoch{'s' * (epochs != 1)} in {seconds:.0f} s: {self.run.path}")
-            write_metrics(self.run.path, trainer, metrics, seconds)
+            print(f"{epochs} epoch{'s' * (epochs != 1)} in {seconds:.0f} s: {self.run}")
+            for logger in trainer.loggers:
+                if isinstance(logger, RunFolderTensorBoard):
+                    logger.log_result(self.settings, metrics)
+            write_metrics(self.run, trainer, metrics, seconds)
 
     def report(self, error: BaseException) -> None:
         """Exits with one line if a signal has stopped the run, or if the error is a user's mistake."""
         if number := self.stop.received:  # a DataLoader's worker may have got the signal, too, and be missed
             resume = ""
             if self.run and self.stop.trained:
-                command = f"python main.py fit --config={self.run.path / 'config.yaml'} --ckpt_path=last"
+                command = f"python main.py fit --config={self.run / 'config.yaml'} --ckpt_path=last"
                 saved = self.stop.path and self.stop.path.exists()
                 resume = f"; resume with: {command}" if saved else "; there is no checkpoint to resume from"
             fail(f"stopped by {number.name}{resume}", 128 + number)
@@ -199,33 +194,21 @@ class ExperimentCLI(LightningCLI):
             fail(str(error))
 
     def close(self, status: int) -> None:
-        """Closes the loggers; removes the folder of a run that failed before its first step."""
+        """Finishes the W&B run; removes the folder of a run that failed before its first step."""
         if not hasattr(self, "trainer"):
             return
         keep = status == 0 or self.stop.trained
         if status and self.trainer.strategy.launcher:
             self.trainer.strategy.launcher.kill(signal.SIGKILL)  # other processes would wait for this one
-        for logger in self.trainer.loggers:
-            if isinstance(logger, RunFolderTensorBoard) and self.run:
-                logger.close(self.settings, self.metrics)
-            elif isinstance(logger, WandbLogger):
-                finish_wandb(status, keep)
+        finish_wandb(status, keep)
         if self.run and not keep:
-            self.run.discard()
+            discard(self.run)
 
 
-def all_callbacks(config: Any, has_loggers: bool) -> list[Callback]:
-    """The trainer's own callbacks, and the named ones that are not disabled and that Lightning would not refuse."""
-    callbacks = as_list(config.trainer.callbacks)
-    refused: list[type[Callback]] = [] if has_loggers else [LearningRateMonitor]
-    if config.trainer.enable_checkpointing is False:
-        refused.append(ModelCheckpoint)
-    if config.trainer.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in callbacks):
-        refused.append(ProgressBar)  # there can be only one
-    named = [config[name] for name in CALLBACKS if config[name]]
-    return callbacks + [callback for callback in named if not isinstance(callback, tuple(refused))]
-
-
-def as_list(value: Any) -> list[Any]:
-    """A value of the trainer that may be a list, a single object, or null."""
-    return list(value) if isinstance(value, list) else [value] if value else []
+def with_subcommand(args: list[str]) -> list[str]:
+    """Moves the subcommand to the front; without one, the options are those of fit."""
+    for index, (before, arg) in enumerate(itertools.pairwise(["", *args])):
+        is_value = before.startswith("-") and "=" not in before
+        if arg in LightningCLI.subcommands() and not is_value:
+            return [arg, *args[:index], *args[index + 1 :]]
+    return ["fit", *args] if args and args[0].startswith("-") and args[0] not in ("-h", "--help") else args

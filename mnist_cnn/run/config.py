@@ -1,40 +1,8 @@
-"""Config files and command-line arguments, before and after jsonargparse parses them."""
+"""Config files as other rooms read them, without jsonargparse."""
 
-import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any
-
-import yaml
-
-from mnist_cnn.run.errors import UserError
-
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
-
-
-def with_subcommand(args: list[str]) -> list[str]:
-    """Moves the subcommand to the front; without one, the options are those of fit."""
-    for index, (before, arg) in enumerate(itertools.pairwise(["", *args])):
-        is_value = before.startswith("-") and "=" not in before
-        if arg in SUBCOMMANDS and not is_value:
-            return [arg, *args[:index], *args[index + 1 :]]
-    only_options = args and args[0].startswith("-") and args[0] not in ("-h", "--help")
-    return ["fit", *args] if only_options else args
-
-
-def check_config_files(args: list[str]) -> None:
-    """Checks that the config files of a command line are YAML with settings; jsonargparse would not name the file."""
-    for arg, value in itertools.pairwise([*args, ""]):
-        name = value if arg in ("-c", "--config") else arg.removeprefix("--config=")
-        if name == arg or not os.path.isfile(name):
-            continue
-        try:
-            content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"config file {name} is not valid YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise UserError(f"config file {name} has no settings (key: value)")
 
 
 def swept_values(path: Path) -> dict[str, Any]:

@@ -6,17 +6,21 @@ import pydoc
 import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import set_parsing_settings
+import yaml
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 # A config may name nets and callbacks, not os.system.
 set_parsing_settings(import_path_denylist=[], instantiate_subclass_spec_in_any=False)
+BASES: tuple[type[Any], ...] = (nn.Module, Optimizer, LRScheduler, Callback, Logger)
 # Lines of jsonargparse's messages that say where it looked, not what is wrong.
 NOISE = re.compile(r"Expected a path but|Does not|Subtypes|Errors|Expected (a )?<class 'None|Problem|Given value")
 
@@ -42,6 +46,16 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)  # --trainer.max_epoch is not short for max_epochs
 
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """Checks that a config file is YAML with settings; jsonargparse would not name the file."""
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"config file {path} is not valid YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"config file {path} has no settings (key: value)")
+        return super().parse_path(path, *args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a nested parser; the outer one reports the error
             super().error(message, ex)
@@ -50,13 +64,10 @@ class Parser(LightningArgumentParser):
 
 
 def explain(message: str, known: Iterable[str] = ()) -> str:
-    """Shortens jsonargparse's message, of up to 65 lines, to the key, the innermost reason and the value.
-
-    The most similar one of the known keys is suggested for a misspelt key.
-    """
+    """Shortens jsonargparse's message, of up to 65 lines, to the key, the innermost reason and the value."""
     key = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
-    if unknown := re.search(r"(?:Group '(\w+)' does not accept o|O|o)ption '([\w.]+)'|arguments: --([\w.]+)", message):
-        name = ".".join(filter(None, unknown.groups()))
+    if unknown := re.search(r"ption '([\w.]+)'|arguments: --([\w.]+)", message):
+        name = unknown[1] or unknown[2]
         if classes := re.findall(r"class_path[= ]'([\w.]+)'", message):
             known = inspect.signature(pydoc.locate(classes[-1])).parameters  # type: ignore[arg-type]
         # An argument of a class may follow the misspelt name: --early_stoping.patience.
@@ -64,12 +75,10 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
     lines = re.split(r"\n[ -]*|Type typing\..* class: |Parser key \S+: ?|\. Got value: ", message)
     reason = next((line for line in lines if line.strip() and not NOISE.match(line)), message)
     if missing := re.search(r"dot import path string: (\S+)", reason):
-        bases: list[type] = [nn.Module, Optimizer, LRScheduler, Callback]
-        hint = nearest(missing[1], [kind.__name__ for base in bases for kind in base.__subclasses__()])
-        hint = "; null disables it" if missing[1].lower() == "false" else hint
+        similar = nearest(missing[1], [kind.__name__ for base in BASES for kind in base.__subclasses__()])
+        hint = "; null disables it" if missing[1].lower() == "false" else similar
         return f"{key}: there is no class {missing[1]} of this kind{hint}"
     value = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value|$)", message, re.MULTILINE)
     if value and reason.startswith(("Expected", "Not a")):
-        reason = re.sub(r"Expected (?:an? )?(?:<class '(\w+)'>|typing\.)?", r"expected \1", reason)
-        reason += f", got {value[1]!r}"
+        reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason) + f", got {value[1]!r}"
     return f"{key}: {reason}" if key else reason

@@ -29,8 +29,7 @@ class Experiment(LightningModule):
 
     def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None = None) -> None:
         super().__init__()
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self._outputs: list[tuple[int, dict[str, Tensor]]] = []  # of the batches not yet logged, each with its step
         self._window = 0  # global_step // log_every_n_steps at the last logged step
 
@@ -42,14 +41,14 @@ class Experiment(LightningModule):
         # jsonargparse binds all arguments as keywords; Python code may leave some to the signature's defaults.
         arguments = {name: p.default for name, p in inspect.signature(self.lr_scheduler).parameters.items()}
         arguments |= getattr(self.lr_scheduler, "keywords", {})
+        total_steps: dict[str, int] = {}
         if "total_steps" in arguments and arguments["total_steps"] is None:
             # Before fit, any number serves to check the settings.
             steps = self.trainer.estimated_stepping_batches if self._trainer else 1_000
             if not 1 <= steps < math.inf:
                 raise UserError("the schedule needs the number of steps: set trainer.max_epochs or trainer.max_steps")
-            scheduler = self.lr_scheduler(optimizer, total_steps=int(steps))  # type: ignore[call-arg]
-        else:
-            scheduler = self.lr_scheduler(optimizer)
+            total_steps["total_steps"] = int(steps)
+        scheduler = self.lr_scheduler(optimizer, **total_steps)
         interval = "step" if hasattr(scheduler, "total_steps") or isinstance(scheduler, CyclicLR) else "epoch"
         monitor = getattr(scheduler, "monitor", "val/loss")  # read for ReduceLROnPlateau only
         return [optimizer], [{"scheduler": scheduler, "interval": interval, "monitor": monitor}]
@@ -62,10 +61,8 @@ class Experiment(LightningModule):
         for config in schedules:
             planned = getattr(config.scheduler, "total_steps", None)  # a checkpoint may have restored it
             if planned and planned < trainer.estimated_stepping_batches < math.inf:
-                raise UserError(
-                    f"the schedule is for {planned} steps, training makes {trainer.estimated_stepping_batches}: leave"
-                    " total_steps out, or resume with the same number of epochs"
-                )
+                steps = f"the schedule is for {planned} steps, training makes {trainer.estimated_stepping_batches}"
+                raise UserError(f"{steps}: leave total_steps out, or resume with the same number of epochs")
         if sum(trainer.num_val_batches) or (trainer.val_dataloaders is None and trainer.limit_val_batches):
             return  # there is a validation, or it is not known yet
         monitors = [("early_stopping", callback.monitor) for callback in trainer.early_stopping_callbacks]
@@ -109,7 +106,7 @@ class Experiment(LightningModule):
         losses = [outputs["loss"] for _, outputs in self._outputs]
         if losses and not (finite := torch.stack(losses).isfinite()).all():
             step = self._outputs[int(finite.int().argmin())][0]
+            place = f"step {step} (epoch {self.current_epoch})"
             raise FloatingPointError(
-                f"train/loss was not finite at step {step} (epoch {self.current_epoch}): training diverged; try a lower"
-                " learning rate"
+                f"train/loss was not finite at {place}: training diverged; lower the learning rate"
             )

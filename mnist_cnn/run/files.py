@@ -12,10 +12,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 @contextmanager
 def write_atomically(path: str | os.PathLike, binary: bool = False) -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path`, which replaces `path` if the block ends without an exception.
-
-    It takes UTF-8 text, or bytes if `binary`. The folder of `path` is created if it does not exist.
-    """
+    """Opens a temporary file beside `path`, UTF-8 or binary, which replaces `path` if the block raises no exception."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -34,9 +31,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Replaces a checkpoint in one step; Lightning overwrites it, so that a full disk or a kill leaves half a file."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Saves a checkpoint; paths with a protocol (s3://...) are left to Lightning."""
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
+        if "://" in str(path):  # not a local file
+            return super().save_checkpoint(checkpoint, path, storage_options)
         with write_atomically(path, binary=True) as file:
             torch.save(checkpoint, file)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,55 +17,44 @@ from mnist_cnn.run.errors import UserError
 from mnist_cnn.run.files import write_atomically
 
 
-class RunFolder:
-    """The folder of one run, created with its config.yaml. A folder that holds a run already is refused.
+def create_run(given: Path | None, root: Path, config: str) -> Path:
+    """Creates the folder of a run with its config.yaml; it is the next free version_N in `root` if none is given."""
+    number = int(versions(root)[-1].name[8:]) + 1 if versions(root) else 0
+    run = given or root / f"version_{number}"
+    try:
+        run.mkdir(parents=True, exist_ok=given is not None)
+        if contents(run):
+            raise FileExistsError
+        with open(run / "config.yaml", "x", encoding="utf-8") as file:  # only one of two processes succeeds
+            file.write(config)
+    except FileExistsError as error:
+        if given is None:  # another process was faster
+            return create_run(given, root, config)
+        raise UserError(f"{run} holds a run already: give the run another folder") from error
+    except OSError as error:
+        discard(run)
+        raise UserError(f"{error.filename or run} is not writable: {error.strerror}") from error
+    return run
 
-    Args:
-        path: The folder.
-        config: Content of config.yaml.
-        is_parent: Whether the run gets the next free folder version_N in `path` instead.
-    """
 
-    def __init__(self, path: Path, config: str, is_parent: bool) -> None:
-        self.path = path
-        self._present = set(path.glob("*"))  # files that were there before, such as an output.log
-        self._created = [folder for folder in (path, *path.parents) if not folder.exists()]
-        try:
-            if is_parent:
-                self.path = new_version(path)
-            self.path.mkdir(parents=True, exist_ok=True)
-            with open(self.path / "config.yaml", "x", encoding="utf-8") as file:  # only one of two processes succeeds
-                file.write(config)
-        except FileExistsError as error:
-            raise UserError(f"{path} holds a run already: give the run another folder") from error
-        except OSError as error:
-            self.discard()
-            raise UserError(f"{error.filename or path} is not writable: {error.strerror}") from error
+def contents(run: Path) -> list[Path]:
+    """What a run has written into its folder before its first step; a sweep's output.log does not belong to it."""
+    return [*run.glob("config.yaml"), *run.glob("events.*"), *run.glob("checkpoints/*")]
 
-    def discard(self) -> None:
-        """Removes what the run has written, and the folders that it created, if they are empty."""
-        with contextlib.suppress(OSError):  # a folder is not empty, or not writable
-            for path in set(self.path.glob("*")) - self._present:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            for folder in dict.fromkeys((self.path, *self._created)):
-                folder.rmdir()
+
+def discard(run: Path) -> None:
+    """Removes what a run has written, and the folders that are empty then."""
+    for path in contents(run):
+        path.unlink()
+    for folder in (run / "checkpoints", run, *run.parents):
+        with contextlib.suppress(OSError):  # it is not empty, or does not exist
+            folder.rmdir()
 
 
 def versions(root: Path) -> list[Path]:
     """The folders version_N of a folder, in the order of N."""
-    found = [folder for folder in root.glob("version_*") if folder.name[8:].isdigit() and folder.is_dir()]
+    found = [folder for folder in root.glob("version_*") if folder.name[8:].isdigit()]
     return sorted(found, key=lambda folder: int(folder.name[8:]))
-
-
-def new_version(root: Path) -> Path:
-    """Creates the next free version_N; two processes never get the same one."""
-    number = int(versions(root)[-1].name[8:]) + 1 if versions(root) else 0
-    while True:
-        try:
-            (folder := root / f"version_{number}").mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            number += 1
 
 
 def best_checkpoint(trainer: Trainer) -> str | None:
@@ -77,8 +67,8 @@ def write_metrics(run_dir: Path, trainer: Trainer, metrics: dict[str, float], se
     """Writes metrics.json, which marks a run as finished."""
     best = best_checkpoint(trainer)
     path = best and os.path.relpath(best, run_dir)
+    content = metrics | {"epochs": trainer.current_epoch, "seconds": seconds, "best_checkpoint": path}
     with write_atomically(run_dir / "metrics.json") as file:
-        content = metrics | {"epochs": trainer.current_epoch, "seconds": seconds, "best_checkpoint": path}
         json.dump(content, file, indent=2)
 
 
@@ -90,10 +80,9 @@ def find_checkpoint(root: Path, config_files: list[Path], which: str) -> str:
         raise UserError(f"there is no run with a checkpoint in {root}: run fit first, or give --ckpt_path=FILE")
     if which == "last":
         return str(runs[-1] / last)
-    try:
-        return str(runs[-1] / json.loads((runs[-1] / "metrics.json").read_text())["best_checkpoint"])
-    except (FileNotFoundError, TypeError) as error:  # TypeError: its best_checkpoint is null
-        raise UserError(f"{runs[-1]} did not finish: give --ckpt_path=last, or a file") from error
+    if not (metrics := runs[-1] / "metrics.json").exists():
+        raise UserError(f"{runs[-1]} did not finish: give --ckpt_path=last, or a file")
+    return str(runs[-1] / json.loads(metrics.read_text())["best_checkpoint"])
 
 
 def check_checkpoint(path: str, model: LightningModule, weights_only: bool | None, resume: bool) -> None:
@@ -101,44 +90,38 @@ def check_checkpoint(path: str, model: LightningModule, weights_only: bool | Non
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
         model.load_state_dict(checkpoint["state_dict"])
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {path}") from error
-    except Exception as error:  # torch raises many kinds
-        reason = str(error).partition("\n\t")[2] or str(error).partition(". ")[0]  # a list of parameters, or a sentence
-        hint = "use the config.yaml of its run"
-        if "weights_only" in str(error):
-            hint = "give --weights_only=false if you trust its author"
-        raise UserError(f"checkpoint {path} does not fit: {reason.splitlines()[0]}: {hint}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"checkpoint {path} may run code: give --weights_only=false if you trust its author") from error
+    except Exception as error:  # torch raises many kinds, with up to a line for each parameter
+        reason = " ".join(str(error).splitlines()[:2])
+        raise UserError(f"checkpoint {path} cannot be loaded with this config: {reason}") from error
     if not resume:
         return
     if not checkpoint.get("optimizer_states"):
         raise UserError(f"checkpoint {path} has weights only: training cannot be resumed from it")
-    saved, given = flatten(checkpoint.get("hyper_parameters", {})), flatten(dict(model.hparams))
-    for key in {**saved, **given} if saved else ():
+    saved, given = flatten(checkpoint.get("hyper_parameters")), flatten(dict(model.hparams))
+    for key in {**saved, **given} if "hyper_parameters" in checkpoint else ():
         if saved.get(key) != given.get(key):
             name = ".".join(part for part in ("model", *key) if part not in ("init_args", "class_path"))
-            change = f"{name}={saved.get(key)}, not {given.get(key)}"
-            raise UserError(f"checkpoint {path} was made with {change}: a resumed run keeps the model's settings")
+            raise UserError(f"{path} has {name}={saved.get(key)}, not {given.get(key)}: a resumed run keeps this")
 
 
 def keep_best_checkpoints(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Copies the best checkpoints of an interrupted run into the folder of the run that resumes it.
-
-    Lightning forgets the scores of checkpoints that are in another folder, so the loaded checkpoint's state is changed.
-    """
+    """Copies a run's best checkpoints into the folder of the run that resumes it; Lightning forgets those elsewhere."""
     for early_stopping in trainer.early_stopping_callbacks:  # Lightning would restore the checkpoint's patience
         checkpoint["callbacks"].get(early_stopping.state_key, {})["patience"] = early_stopping.patience
     paths = ("best_model_path", "last_model_path", "kth_best_model_path")
+    old = Path(str(trainer.ckpt_path)).parent
     for callback in trainer.checkpoint_callbacks:
         state = checkpoint["callbacks"].get(callback.state_key)
-        if not (isinstance(callback, ModelCheckpoint) and callback.dirpath and state):
+        if not (isinstance(callback, ModelCheckpoint) and state):
             continue
-        old, new, scores = Path(str(trainer.ckpt_path)).parent, Path(callback.dirpath), state["best_k_models"]
-        kept = {*scores, *(state[name] for name in paths)}
-        moved = {path: str(new / Path(path).name) for path in kept if (old / Path(path).name).is_file()}
+        new, scores = Path(str(callback.dirpath)), state["best_k_models"]
+        kept = [path for path in (*scores, *(state[name] for name in paths)) if (old / Path(path).name).is_file()]
+        moved = {path: str(new / Path(path).name) for path in kept}
         if trainer.is_global_zero and old.resolve() != new.resolve():
             new.mkdir(parents=True, exist_ok=True)
-            for path in moved.values():
-                shutil.copyfile(old / Path(path).name, path)
+            for path in kept:
+                shutil.copyfile(old / Path(path).name, moved[path])
         state["best_k_models"] = {moved[path]: score for path, score in scores.items() if path in moved}
         state |= {name: moved.get(state[name], "") for name in paths} | {"dirpath": str(new)}

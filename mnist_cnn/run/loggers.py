@@ -1,7 +1,6 @@
 """TensorBoard in the run's folder, W&B with or without an account, and the same figures and histograms in both."""
 
 import os
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -37,55 +36,43 @@ class RunFolderTensorBoard(TensorBoardLogger):
         self.experiment.add_custom_scalars({"train and val": charts})
 
     def finalize(self, status: str) -> None:
-        """Leaves the file open, since validation and test follow fit."""
+        """Writes what is logged; the file stays open, since validation and test follow fit."""
+        self.experiment.flush()
 
     def save(self) -> None:
         """Writes no hparams.yaml: config.yaml has all settings."""
 
-    def close(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Adds the run's row to the HParams tab, and closes the file.
-
-        Without a list of the columns, TensorBoard shows the settings that differ between runs first. It colours and
-        sorts by the first metric, so losses go last.
-        """
-        metrics = dict(sorted(metrics.items(), key=lambda item: "loss" in item[0]))
-        for summary in hparams(short_settings(settings), metrics)[1:] if metrics else ():
+    def log_result(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Adds the run's row to the HParams tab: settings by short names, such as model.net, and metrics."""
+        row: dict[str, int | float | str] = {}
+        for path, value in flatten({name: settings[name] for name in ("seed_everything", "model", "data")}).items():
+            value = value.rpartition(".")[2] if path[-1] == "class_path" else value
+            name = ".".join(key for key in path if key not in ("class_path", "init_args"))
+            row[name] = value if type(value) in (int, float, str) else str(value)  # true would be shown as 1.0
+        accuracy_first = dict(sorted(metrics.items(), key=lambda item: "loss" in item[0]))  # it colours by the first
+        for summary in hparams(row, accuracy_first)[1:]:  # without a list of columns, it shows first what differs
             self.experiment.file_writer.add_summary(summary)  # SummaryWriter.add_hparams starts another run
-        self.experiment.close()
-
-
-def short_settings(config: dict[str, Any]) -> dict[str, int | float | str]:
-    """Settings of seed, model and data by short names, `{"model.net": "CNN", "model.net.l1_chan": 4, ...}`."""
-    short: dict[str, int | float | str] = {}
-    for path, value in flatten({name: config[name] for name in ("seed_everything", "model", "data")}).items():
-        if path[-1] == "class_path":
-            path, value = path[:-1], value.rpartition(".")[2]
-        if value is not None:  # true would be shown as 1.0
-            name = ".".join(key for key in path if key != "init_args")
-            short[name] = value if type(value) in (int, float, str) else str(value)
-    return short
+        self.experiment.flush()
 
 
 def log_histograms(trainer: Trainer, values: dict[str, Tensor], bins: int) -> None:
     """Logs a histogram of each tensor's finite values to each TensorBoardLogger and WandbLogger."""
-    histograms = {}
+    step = trainer.global_step
+    of_wandb: dict[str, Any] = {}
+    boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     for tag, value in values.items():
         array = value.detach().float().cpu().numpy()  # CUDA's histograms are not deterministic
         array = array[np.isfinite(array)]
-        if array.size:
-            histograms[tag] = (array, *np.histogram(array, bins))
+        if not array.size:
+            continue
+        counts, edges = np.histogram(array, bins)
+        of_wandb[tag] = wandb.Histogram(np_histogram=(counts, edges))
+        sums = array.min(), array.max(), array.size, array.sum(), np.square(array).sum()
+        for board in boards:
+            board.add_histogram_raw(tag, *sums, edges.tolist(), [0, *counts.tolist()], step)
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            for tag, (array, counts, edges) in histograms.items():
-                sums = {"num": array.size, "sum": array.sum(), "sum_squares": np.square(array).sum()}
-                buckets = {"bucket_limits": edges.tolist(), "bucket_counts": [0, *counts.tolist()]}
-                step = trainer.global_step
-                logger.experiment.add_histogram_raw(tag, array.min(), array.max(), **sums, **buckets, global_step=step)
-        elif isinstance(logger, WandbLogger):
-            of_wandb: Any = {
-                tag: wandb.Histogram(np_histogram=(counts, edges)) for tag, (_, counts, edges) in histograms.items()
-            }
-            logger.log_metrics(of_wandb, trainer.global_step)
+        if isinstance(logger, WandbLogger):
+            logger.log_metrics(of_wandb, step)
 
 
 def log_figure(trainer: Trainer, tag: str, figure: Figure) -> None:
@@ -99,21 +86,15 @@ def log_figure(trainer: Trainer, tag: str, figure: Figure) -> None:
 
 def start_wandb(logger: WandbLogger) -> None:
     """Starts a W&B run: online with an API key; offline without one, or if W&B fails. WANDB_MODE overrides both."""
-    settings: dict[str, Any] = {"silent": True, "init_timeout": 5, "finish_timeout": 10}  # seconds
-    folder = Path(logger.save_dir or ".")
-    folder.mkdir(parents=True, exist_ok=True)  # W&B would use a temporary folder instead
-    present = set(folder.glob("wandb/run-*"))
+    Path(logger.save_dir or ".").mkdir(parents=True, exist_ok=True)  # W&B would use a temporary folder instead
     try:
-        wandb.setup(wandb.Settings(**settings))
+        wandb.setup(wandb.Settings(silent=True, init_timeout=5, finish_timeout=10))  # seconds
         if not wandb.login(prompt=False, verify=False) and "WANDB_MODE" not in os.environ:
             wandb.setup(wandb.Settings(mode="offline"))
         run = logger.experiment
     except wandb.Error as error:
         print(f"W&B: {str(error).partition(chr(10))[0]}; the run is logged offline", file=sys.stderr)
-        wandb.teardown()
-        for failed in set(folder.glob("wandb/run-*")) - present:
-            shutil.rmtree(failed)
-        wandb.setup(wandb.Settings(mode="offline", **settings))
+        wandb.setup(wandb.Settings(mode="offline"))
         run = logger.experiment
     except ValueError as error:
         raise UserError(f"WANDB_MODE={os.environ.get('WANDB_MODE')} is not one of W&B's modes") from error
@@ -125,13 +106,12 @@ def finish_wandb(status: int, keep: bool) -> None:
     """Finishes the W&B run, if there is one. An offline run is kept for `wandb sync`, or its folder is removed."""
     if not (run := wandb.run):
         return
-    offline, folder = run.offline, os.path.relpath(run.settings.sync_dir)
+    folder = os.path.relpath(run.settings.sync_dir)
     run.finish(exit_code=status)
     wandb.teardown()  # so that the next run in this process starts with its own settings
-    if offline and keep:
-        folder = shlex.quote(folder)
+    if run.offline and keep:
         print(f"W&B: view the run with `wandb leet {folder}`, upload it with `wandb sync {folder}`")
-    elif offline:
+    elif run.offline:
         shutil.rmtree(folder, ignore_errors=True)
         if not any(Path(folder).parent.glob("*run-*/")):
             shutil.rmtree(Path(folder).parent)  # W&B's debug logs

@@ -34,11 +34,8 @@ class TestPictures(Callback):
         self._confusion: MulticlassConfusionMatrix | None = None
         self._worst: dict[str, Tensor] = {}
 
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        """Counts the batch and keeps its worst images."""
-        if not (isinstance(outputs, Tensor) and outputs.ndim == 2):
+    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        if not isinstance(outputs, Tensor):
             return  # not a classifier
         (images, targets), logits = batch, outputs
         if self._confusion is None:
@@ -58,13 +55,13 @@ class TestPictures(Callback):
             self._keep_worst({key: value.flatten(0, 1) for key, value in gathered.items()})
         if not (trainer.is_global_zero and trainer.loggers):
             return
+        right, total = int(counts.trace()), int(counts.sum())
         data = trainer.datamodule  # type: ignore[attr-defined]
         classes = getattr(data, "classes", None) or [str(index) for index in range(len(counts))]
         figure = Figure(figsize=(8, 8))
         axes = figure.add_axes((0.12, 0.12, 0.85, 0.82))
-        self._confusion.plot(counts.cpu(), axes, labels=classes, cmap="Reds")
-        right, total = int(counts.trace()), int(counts.sum())
         axes.set_title(f"test: {total - right:,} errors among {total:,} images, accuracy {right / total:.4f}")
+        self._confusion.plot(counts.cpu(), axes, labels=classes, cmap="Reds")
         log_figure(trainer, "test/confusion_matrix", figure)
         log_figure(trainer, "test/worst_classified", draw_worst(self._worst, classes))
 
@@ -74,12 +71,7 @@ class TestPictures(Callback):
 
 
 def draw_worst(worst: dict[str, Tensor], classes: Sequence[str]) -> Figure:
-    """Draws images in a grid, each with its target, its prediction and the prediction's probability.
-
-    Args:
-        worst: image [N, 1 or 3, H, W]; target, predicted, probability [N].
-        classes: Names of the classes.
-    """
+    """Draws the images [N, 1 or 3, H, W] in a grid, each with its target, its prediction and that one's probability."""
     images, gap = worst["image"].cpu().float(), 9  # pixels between two images, where the text goes
     columns = math.ceil(math.sqrt(len(images)))
     grid = make_grid(images, columns, padding=gap, normalize=True, scale_each=True, pad_value=1)

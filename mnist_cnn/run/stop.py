@@ -18,9 +18,7 @@ class StopBySignal(Checkpoint):
 
     A validation or end of the epoch that is due after that step is completed. Lightning runs Checkpoint callbacks last,
     so this checkpoint has the other callbacks' state. Several processes would have to agree on a step, so they stop
-    without a new checkpoint. Lightning itself would save nothing and exit with status 0.
-
-    Used as a callback, and as a context manager that installs the signal handlers.
+    without a new checkpoint. As a context manager, it installs the signal handlers.
     """
 
     def __init__(self) -> None:
@@ -56,7 +54,6 @@ class StopBySignal(Checkpoint):
         os.write(2, b"stopping after this step; press Ctrl-C again to quit now\n")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From now on a signal stops after the step. Restores the random numbers of the checkpoint."""
         self._install_handlers()  # instead of Lightning's
         self._in_training = True
         if self._random_state and trainer.world_size == 1:
@@ -79,7 +76,6 @@ class StopBySignal(Checkpoint):
             trainer.save_checkpoint(str(self.path))
 
     def on_train_epoch_start(self, *_: Any) -> None:
-        """Stops between two epochs."""
         self._exit()
 
     def on_train_end(self, *_: Any) -> None:
@@ -95,8 +91,8 @@ class StopBySignal(Checkpoint):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The state of the random numbers, with which dropout continues in the middle of an epoch."""
-        state = {"cpu": torch.get_rng_state()}
-        return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+        cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
+        return {"cpu": torch.get_rng_state(), **cuda}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         self._random_state = state_dict

@@ -1,13 +1,11 @@
 """What a sweep prints: progress while it runs, a table of its runs at the end."""
 
-import itertools
 import math
 import shutil
 import sys
 import time
 from collections import Counter
 from datetime import timedelta
-from typing import Literal
 
 from mnist_cnn.run.errors import UserError, nearest
 from mnist_cnn.sweeps.grid import swept_labels
@@ -26,7 +24,7 @@ def sort_runs(runs: list[Run], metric: str, mode: str) -> list[Run]:
 class Display:
     """One line per run and, on a terminal, a last line that is redrawn: the sweep's progress and the current run."""
 
-    def __init__(self, metric: str, mode: Literal["max", "min"]) -> None:
+    def __init__(self, metric: str, mode: str) -> None:
         self.metric, self.mode = metric, mode
         self.start, self.ended, self.progress = time.time(), 0, ""
         self.erase = "\r\x1b[K" if sys.stdout.isatty() else ""
@@ -41,47 +39,35 @@ class Display:
             line = f"{self.progress}  {current}".expandtabs()[: shutil.get_terminal_size().columns - 1]
             print(f"{self.erase}{line}", end="", flush=True)
 
-    def update(self, runs: list[Run], ended: Run | None = None) -> None:
+    def update(self, runs: list[Run], ended: Run | None) -> None:
         """Computes the progress from the state of all runs, and prints a line about one that has just ended."""
-        print(end=self.erase, flush=True)  # of an error in the metric's name, which sort_runs finds
         states = Counter(run.status for run in runs)
         done, self.ended = states["finished"] + states["failed"], self.ended + bool(ended)
         count, parts = f"[{done:{len(str(len(runs)))}}/{len(runs)}]", []
         if states["finished"]:
             best = sort_runs(runs, self.metric, self.mode)[0]
-            parts.append(f"best {self.value(best)} ({run_number(best.name)})")
+            parts.append(f"best {best.metrics.get(self.metric, math.nan):.4f} ({run_number(best.name)})")
         if self.ended and done < len(runs):
             seconds = (time.time() - self.start) / self.ended * (len(runs) - done)
             parts.append(f"{timedelta(seconds=round(seconds))} left")
         if states["failed"]:
             parts.append(f"{states['failed']} failed")
         if ended:
-            result = f"{ended.status}: {ended.reason}"
-            if ended.status == "finished":
-                result = f"{self.metric} {self.value(ended)}  {ended.metrics.get('seconds', 0):.0f} s"
+            value = ended.metrics.get(self.metric, math.nan)
+            result = f"{self.metric} {value:.4f}" if ended.status == "finished" else f"{ended.status}: {ended.reason}"
             self.say("  ".join([count, ended.name.ljust(max(len(run.name) for run in runs)), result, *parts]))
         bar = "\u2501" * (20 * done // len(runs))
         self.progress = "  ".join([f"{bar:20} {count}", *parts])
 
-    def value(self, run: Run) -> str:
-        """The run's metric."""
-        return f"{run.metrics.get(self.metric, math.nan):.4f}"
-
-    def print_table(self, runs: list[Run], rows: int = 20) -> None:
-        """Prints one row per run: number, swept values, metrics; as many columns as fit."""
-        labels, table, width = swept_labels(runs), [], shutil.get_terminal_size((160, 24)).columns
-        for run in runs[:rows]:
+    def print_table(self, runs: list[Run]) -> None:
+        """Prints one row per run: number, swept values, metrics; rows are cut to the terminal's width."""
+        labels, table, width = swept_labels(runs), [], shutil.get_terminal_size((200, 24)).columns
+        for run in runs:
             decimals = {key: 0 if key in ("epochs", "seconds") else 4 for key in run.metrics}
             metrics = {key: f"{value:.{decimals[key]}f}" for key, value in run.metrics.items()}
             table.append({"run": run_number(run.name)} | labels[run.name] | metrics)
-        lines = [""] * (1 + len(table))
-        for column in dict.fromkeys(itertools.chain(*table)):
-            cells = [column, *(row.get(column, "") for row in table)]
-            wider = [line + cell.ljust(2 + max(map(len, cells))) for line, cell in zip(lines, cells)]
-            if len(wider[0]) > width + 2:
-                break
-            lines = wider
-        for line in lines:
-            self.say(line.rstrip())
-        if len(runs) > rows:
-            self.say(f"and {len(runs) - rows} more")
+        columns = list(dict.fromkeys(column for row in table for column in row))
+        rows = [columns, *([row.get(column, "") for column in columns] for row in table)]
+        lengths = [max(map(len, cells)) for cells in zip(*rows)]
+        for row in rows:
+            self.say("  ".join(cell.ljust(length) for cell, length in zip(row, lengths))[:width].rstrip())

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import io
 import itertools
@@ -10,6 +9,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,7 +18,7 @@ import yaml
 
 from mnist_cnn.run.config import flatten
 from mnist_cnn.run.errors import UserError, explain
-from mnist_cnn.sweeps.ledger import Config, Run
+from mnist_cnn.sweeps.ledger import Config, Run, changes
 
 Point = tuple[int, ...]  # the index of each axis's value
 
@@ -39,14 +39,10 @@ def check_grid(grid: dict[str, Any]) -> None:
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """The last words of each key, as many as distinguish it from the other keys."""
-    words = {key: [w for w in key.split(".") if w not in ("init_args", "class_path")] or [key] for key in keys}
-    names = {}
-    for key, own in words.items():
-        ends = (own[-count:] for count in range(1, len(own)))
-        different = (end for end in ends if sum(other[-len(end) :] == end for other in words.values()) == 1)
-        names[key] = ".".join(next(different, own))
-    return names
+    """The last word of each key, or the whole key without init_args and class_path if another one ends so."""
+    whole = {key: re.sub(r"\.(init_args|class_path)\b", "", key) for key in keys}
+    last = {key: name.rpartition(".")[2] for key, name in whole.items()}
+    return {key: name if [*last.values()].count(name) == 1 else whole[key] for key, name in last.items()}
 
 
 def labels(values: Iterable[Any]) -> dict[str, str]:
@@ -56,13 +52,8 @@ def labels(values: Iterable[Any]) -> dict[str, str]:
         code = json.dumps(value)
         text = re.sub(r'"class_path": |(\w+\.)+(?=[A-Z])|[^/" ]*/|\.ya?ml\b', "", code)  # no modules and folders
         name = re.sub(r"[^\w.+-]+", "-", text.strip('[{"}]'))[:30]
-        names.setdefault(code, f"{name}~{digest(code)}" if name in names.values() else name)
+        names.setdefault(code, f"{name}~{zlib.crc32(code.encode()):x}" if name in names.values() else name)
     return names
-
-
-def digest(text: str) -> str:
-    """Six characters that differ where texts differ."""
-    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def run_names(existing: Iterable[str], grid: dict[str, list[Any]]) -> list[str]:
@@ -70,7 +61,6 @@ def run_names(existing: Iterable[str], grid: dict[str, list[Any]]) -> list[str]:
     short = short_names(grid)
     axes = [[f"{short[key]}={label}" for label in labels(values).values()] for key, values in grid.items()]
     names = ["-".join(settings) for settings in itertools.product(*axes)]
-    names = [name if len(name) < 150 else f"{name[:140]}~{digest(name)}" for name in names]
     known = {run.partition("-")[2]: run for run in existing}
     if others := [known[name] for name in known.keys() - names]:
         raise UserError(f"run {min(others)} is not in this grid: give the sweep another name, or delete its folder")
@@ -111,10 +101,8 @@ def print_config(program: str, args: list[str]) -> dict[str, Any]:
             message = re.split("^error: ", errors.getvalue(), flags=re.MULTILINE)[-1].strip()
             known = [".".join(key) for key in flatten(print_config(program, []))] if args else []
             raise UserError(explain(message or str(ended.code), known)) from None
-    config = yaml.load(output.getvalue(), yaml.CSafeLoader)
-    if not isinstance(config, dict):
-        remedy = "pass its arguments to LightningCLI(args=...)"
-        raise UserError(f"program {program} prints no config for `fit --print_config`: {remedy}")
+    if not isinstance(config := yaml.load(output.getvalue(), yaml.CSafeLoader), dict):
+        raise UserError(f"program {program} prints no config: pass its arguments to LightningCLI(args=...)")
     return config
 
 
@@ -138,34 +126,22 @@ def parse(settings: dict[str, Any], point: Point) -> Config:
 def complete_configs(parse: Callable[[Point], Config], points: list[Point]) -> list[Config]:
     """The complete config of each point of a grid, from far fewer calls of the program's parser.
 
-    Each value is parsed once, beside the first values of the other axes; what it changes in the first point's config
-    is its part of all other configs. Axes that change the same keys (a class and its arguments, for example) are parsed
-    in all their combinations. A few of the resulting configs are parsed, too; if one differs, every point is parsed.
+    Each value is parsed once, beside the first values of the other axes, and changes the same keys in all configs. Axes
+    that change the same keys are parsed in all combinations. If one of a few samples is wrong, every point is parsed.
     """
     parse, axes = functools.cache(parse), range(len(points[0]))
     first = parse(points[0])
+    changed = functools.cache(lambda point: changes(first, parse(point)))
 
-    @functools.cache
-    def changes(point: Point) -> Config:  # path -> value; ... if the key is gone
-        parsed = parse(point)
-        pairs = {path: (first.get(path, ...), parsed.get(path, ...)) for path in (*first, *parsed)}
-        return {path: new for path, (old, new) in pairs.items() if repr(old) != repr(new)}  # 1, 1.0 and True differ
+    def combine(point: Point, groups: list[set[int]]) -> Config:
+        parts = (tuple(index if axis in group else 0 for axis, index in enumerate(point)) for group in groups)
+        config = first | {path: value for part in parts for path, value in changed(part).items()}
+        return {path: value for path, value in config.items() if value is not ...}
 
-    def select(point: Point, group: set[int]) -> Point:  # with the first values of the axes that are not in the group
-        return tuple(index if axis in group else 0 for axis, index in enumerate(point))
-
-    def combine(point: Point) -> Config:
-        return {path: value for group in groups for path, value in changes(select(point, group)).items()}
-
-    changed = [{path for point in points for path in changes(select(point, {axis}))} for axis in axes]
-    related = {
-        axis
-        for axis, other in itertools.permutations(axes, 2)
-        if any(a[: len(b)] == b[: len(a)] for a in changed[axis] for b in changed[other])  # the same key, or one within
-    }
+    paths = [{path for point in points for path in changes(first, combine(point, [{axis}]))} for axis in axes]
+    related = {axis for axis, other in itertools.permutations(axes, 2) if paths[axis] & paths[other]}
     groups = [related, *({axis} for axis in axes if axis not in related)]
-    for point in [*points[:: len(points) // 3 + 1], points[-1]]:
-        if set(map(repr, combine(point).items())) != set(map(repr, changes(point).items())):
-            groups = [set(axes)]
-    configs = (first | combine(point) for point in points)
-    return [{path: value for path, value in config.items() if value is not ...} for config in configs]
+    samples = [*points[:: len(points) // 3 + 1], points[-1]]
+    if any(changes(combine(point, groups), parse(point)) for point in samples):
+        groups = [set(axes)]
+    return [combine(point, groups) for point in points]

@@ -1,10 +1,7 @@
-"""Reads and writes a sweep's folder, which is its only state.
+"""A sweep's folder, its only state: sweep.yaml, configs/RUN.yaml, results.csv, and a folder RUN for each run.
 
-sweep.yaml        the sweep's settings
-configs/RUN.yaml  a run's complete config; its first line says what was swept
-RUN/              a run's folder: output.log, metrics.json if it is finished, status.json if it is not
-results.csv       one row per run
-.locks/RUN.lock   held by the process that executes the run
+RUN holds output.log, and metrics.json if it is finished or status.json if it is not. The process that executes the run,
+and those that it starts, hold .locks/RUN.lock.
 """
 
 import csv
@@ -34,7 +31,6 @@ class Run:
     swept: dict[str, Any]  # key -> value
     status: str = "pending"  # or finished, failed, interrupted, running
     reason: str = ""  # why it failed or was interrupted
-    ended: float = 0  # when, in seconds since the epoch
     metrics: dict[str, float] = field(default_factory=dict)  # the numbers of metrics.json, if it is finished
 
 
@@ -46,23 +42,20 @@ def lock(root: Path, name: str, timeout: float = -1) -> Any:
 
 def read_run(root: Path, name: str, metric: str) -> Run:
     """Reads the state of a run. One whose metric is not a finite number has failed."""
-    run = Run(name, swept_values(root / "configs" / f"{name}.yaml"))
-    metrics, status = root / name / "metrics.json", root / name / "status.json"
-    if metrics.exists():
-        content = json.loads(metrics.read_text(encoding="utf-8"))
-        run.status, run.ended = "finished", metrics.stat().st_mtime
-        run.metrics = {key: value for key, value in content.items() if isinstance(value, int | float)}
-        if not math.isfinite(run.metrics.get(metric, 0)):
-            run.status, run.reason, run.metrics = "failed", f"diverged: {metric} is {run.metrics[metric]}", {}
-    elif status.exists():
-        content = json.loads(status.read_text(encoding="utf-8"))
-        run.status, run.reason, run.ended = content["status"], content["reason"], status.stat().st_mtime
-    elif (root / ".locks" / f"{name}.lock").exists():
-        try:
-            lock(root, name, timeout=0).lock.release()
-        except Timeout:
-            run.status = "running"
-    return run
+    swept, folder = swept_values(root / "configs" / f"{name}.yaml"), root / name
+    if (folder / "metrics.json").exists():
+        content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = {key: value for key, value in content.items() if isinstance(value, int | float)}
+        if math.isfinite(metrics.get(metric, 0)):
+            return Run(name, swept, "finished", metrics=metrics)
+        return Run(name, swept, "failed", f"diverged: {metric} is {metrics[metric]}")
+    if (folder / "status.json").exists():
+        return Run(name, swept, **json.loads((folder / "status.json").read_text(encoding="utf-8")))
+    try:
+        lock(root, name, timeout=0).lock.release()
+        return Run(name, swept)
+    except Timeout:
+        return Run(name, swept, "running")
 
 
 def read_runs(root: Path, metric: str) -> list[Run]:
@@ -82,37 +75,27 @@ def read_settings(root: Path) -> dict[str, Any]:
 
 
 def write_sweep(root: Path, settings: dict[str, Any], configs: dict[str, str]) -> None:
-    """Writes sweep.yaml and the configs that do not exist yet, unless those that exist have other settings.
-
-    Args:
-        root: The sweep's folder.
-        settings: Those of sweep.yaml; {} for a folder of configs, which has none.
-        configs: Run name -> content of its config.
-    """
-    if settings and (saved := read_settings(root)):  # run_names has checked the grid
-        old, new = ({"program": each["program"], "base": each["base"]} | each["fixed"] for each in (saved, settings))
-        check_same(root / "sweep.yaml", old, new)
-    texts = {}
-    for name, text in configs.items():
-        path = root / "configs" / f"{name}.yaml"
-        if not path.exists():
-            texts[path] = text
-        elif (existing := path.read_text(encoding="utf-8")) != text:
-            check_same(path, yaml.load(existing, yaml.CSafeLoader), yaml.load(text, yaml.CSafeLoader))
-    if settings:
-        texts[root / "sweep.yaml"] = yaml.dump(settings, Dumper=yaml.CSafeDumper, sort_keys=False)
+    """Writes sweep.yaml and new configs (run -> text); the program and the existing configs must not have changed."""
+    texts = {root / "sweep.yaml": yaml.dump(settings, Dumper=yaml.CSafeDumper, sort_keys=False)}
+    texts |= {root / "configs" / f"{name}.yaml": text for name, text in configs.items()}
     for path, text in texts.items():
-        with write_atomically(path) as file:
-            file.write(text)
+        if path.exists() and (existing := path.read_text(encoding="utf-8")) != text:
+            old, new = (flatten(yaml.load(each, yaml.CSafeLoader)) for each in (existing, text))
+            for key in changes(old, new):
+                if path.parent != root or key == ("program",):  # base and fixed show in the configs
+                    change = f"{'.'.join(key)}: {old.get(key)}, now {new.get(key)}"
+                    remedy = "give the sweep another name, or delete its folder"
+                    raise UserError(f"{path} has other settings ({change}): {remedy}")
+    for path, text in texts.items():
+        if path.parent == root or not path.exists():
+            with write_atomically(path) as file:
+                file.write(text)
 
 
-def check_same(path: Path, old: Any, new: Any) -> None:
-    """Checks that the settings in a file have not changed; 1, 1.0 and true differ."""
-    old, new = flatten(old), flatten(new)
-    for key in {**old, **new}:
-        if repr(old.get(key)) != repr(new.get(key)):
-            change = f"{'.'.join(key)}: {old.get(key)}, now {new.get(key)}"
-            raise UserError(f"{path} has other settings ({change}): give the sweep another name, or delete its folder")
+def changes(old: Config, new: Config) -> Config:
+    """The new value of each path that differs; ... if the path is gone. 1, 1.0 and true differ."""
+    pairs = {path: (old.get(path, ...), new.get(path, ...)) for path in {**old, **new}}
+    return {path: after for path, (before, after) in pairs.items() if repr(before) != repr(after)}
 
 
 def to_yaml(config: Config, swept: dict[str, Any]) -> str:
@@ -131,11 +114,11 @@ def write_status(root: Path, name: str, status: str, reason: str) -> None:
 
 def write_results(root: Path, runs: list[Run]) -> None:
     """Writes results.csv: one row per run with name, status, swept values and metrics."""
-    settings = dict.fromkeys(key for run in runs for key in run.swept)
-    metrics = dict.fromkeys(key for run in runs for key in run.metrics)
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        swept = {key: value if isinstance(value, str) else json.dumps(value) for key, value in run.swept.items()}
+        rows.append({"name": run.name, "status": run.status, **swept, **run.metrics})
     with write_atomically(root / "results.csv") as file:
-        writer = csv.DictWriter(file, ["name", "status", *settings, *metrics], lineterminator="\n")
+        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
         writer.writeheader()
-        for run in runs:
-            swept = {key: value if isinstance(value, str) else json.dumps(value) for key, value in run.swept.items()}
-            writer.writerow({"name": run.name, "status": run.status, **swept, **run.metrics})
+        writer.writerows(rows)

@@ -11,13 +11,11 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import Timeout
 
 from mnist_cnn.run.errors import fail
@@ -28,7 +26,6 @@ from mnist_cnn.sweeps.ledger import Run, lock, read_run, run_number, write_statu
 
 # A forked process has everything imported, and the caches that checking the configs filled: a run starts in a second.
 CONTEXT: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
@@ -50,7 +47,7 @@ class Sweep:
     def is_open(self, name: str) -> bool:
         """Whether a run is to be executed: one that failed is tried again, but only once by the same command."""
         run = read_run(self.root, name, self.metric)
-        return run.status != "finished" and (run.status != "failed" or run.ended < self.start)
+        return run.status != "finished" and (run.status != "failed" or (self.root / name).stat().st_mtime < self.start)
 
 
 def run_all(sweep: Sweep, display: Display) -> Iterator[Run]:
@@ -62,61 +59,51 @@ def run_all(sweep: Sweep, display: Display) -> Iterator[Run]:
         for name in unfinished:
             if sweep.interrupts or sweep.gave_up:
                 return
-            try:
-                with lock(sweep.root, name, timeout=0):
-                    if sweep.is_open(name):  # another process may have finished it meanwhile
-                        yield execute(sweep, name, display)
-            except Timeout:
-                display.show(f"{run_number(name)}  is executed by another process")
-                time.sleep(0.25)
+            display.show(f"{run_number(name)}  waiting for the process that executes it")
+            with contextlib.suppress(Timeout), lock(sweep.root, name, timeout=0.25):
+                if sweep.is_open(name):  # another process may have finished it meanwhile
+                    yield execute(sweep, name, display)
 
 
 def execute(sweep: Sweep, name: str, display: Display) -> Run:
     """Executes one run, whose lock this process holds, and notes why it did not finish."""
-    log, forwarded = sweep.root / name / "output.log", False
-    process = CONTEXT.Process(target=run_alone, args=(sweep.root, name, sweep.program))
+    run, stopped = sweep.root / name, False
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(exist_ok=True)
+    (log := run / "output.log").touch()
+    process = CONTEXT.Process(target=run_alone, args=(run, sweep.program))
     process.start()
     while process.is_alive():
         display.show(f"{run_number(name)}  {last_line(log)}")
         if sweep.interrupts > 1:
             with contextlib.suppress(ProcessLookupError):  # it has no group yet
                 os.killpg(process.pid, signal.SIGKILL)
-        elif sweep.interrupts and not forwarded:
+        elif sweep.interrupts and not stopped:
             display.say(f"stopping {name}; press Ctrl-C again to kill it")
             os.kill(process.pid, signal.SIGINT)
-            forwarded = True
+            stopped = True
         process.join(0.25)
-    if not (sweep.root / name / "metrics.json").exists():
+    if not (run / "metrics.json").exists():
         reason = last_line(log) if process.exitcode >= 0 else f"killed by {signal.Signals(-process.exitcode).name}"
         outcome = ("interrupted", "stopped by Ctrl-C or a signal") if sweep.interrupts else ("failed", reason)
         write_status(sweep.root, name, *outcome)
     return read_run(sweep.root, name, sweep.metric)
 
 
-def run_alone(root: Path, name: str, program: str) -> None:
-    """One run, from its beginning, in a process of its own, with its output in output.log."""
-    os.setsid()  # Ctrl-C in the terminal reaches the sweep only, which forwards it
-    threading.Thread(target=die_with_parent, daemon=True).start()
-    run = root / name
-    with lock(root, f"{name}.run"):  # the run of a sweep that was killed may take a moment to die
-        shutil.rmtree(run, ignore_errors=True)
-        run.mkdir()
-        sys.stdout = sys.stderr = open(run / "output.log", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-        for number in (1, 2):  # what C code and other processes print
-            os.dup2(sys.stdout.fileno(), number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        run_program(program, root / "configs" / f"{name}.yaml", run)
-
-
-def run_program(program: str, config: Path, run: Path) -> None:
+def run_alone(run: Path, program: str) -> None:
     """Executes a run in this process; writes config.yaml and metrics.json into its folder if the program does not."""
-    function, settings = import_program(program), yaml.load(config.read_bytes(), yaml.CSafeLoader)
-    option = "run_dir" if "run_dir" in settings else "trainer.default_root_dir"
+    os.setsid()  # Ctrl-C in the terminal reaches the sweep only, which forwards it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    sys.stdout = sys.stderr = open(run / "output.log", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+    for number in (1, 2):  # what C code and other processes print
+        os.dup2(sys.stdout.fileno(), number)
+    function, config = import_program(program), run.parent / "configs" / f"{run.name}.yaml"
+    option = "run_dir" if "\nrun_dir: " in config.read_text(encoding="utf-8") else "trainer.default_root_dir"
     args = ["fit", f"--config={config}", f"--{option}={run}"]
     sys.argv = [str(sys.modules[function.__module__].__file__), *args]  # Lightning starts further processes with it
     os.environ |= {"WANDB_RUN_GROUP": run.parent.name, "WANDB_NAME": run.name, "WANDB_PROGRAM": sys.argv[0]}
-    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
     start = time.monotonic()
     cli = function(args)
     if not hasattr(cli, "trainer"):
@@ -132,16 +119,12 @@ def run_program(program: str, config: Path, run: Path) -> None:
 
 def die_with_parent() -> None:
     """Kills this process and those that it started as soon as its parent has died."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os.killpg(0, signal.SIGKILL)
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
+    os.killpg(0, signal.SIGKILL)
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log, or the last error in it; "" if there is no log yet."""
-    text = ""
-    with contextlib.suppress(FileNotFoundError):
-        text = log.read_bytes()[-10_000:].decode(errors="replace")
-    lines = re.findall(r"\S[^\r\n]*", text)
+    """The last line of a log, or the last error in it; "" if it is empty."""
+    lines = re.findall(r"\S[^\r\n]*", log.read_bytes()[-10_000:].decode(errors="replace"))
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return ["", *lines, *errors][-1]

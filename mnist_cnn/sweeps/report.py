@@ -1,16 +1,11 @@
 """Writes a sweep's report.html: the best run, all runs, the influence of each setting, and the curves.
 
-    python -m mnist_cnn.sweeps.report logs/sweeps/NAME
-
-sweep.py calls `report` after the last run. The page contains all that it shows, so it opens without a network.
+sweep.py writes it after the last run, `python -m mnist_cnn.sweeps.report logs/sweeps/NAME` at any time.
 """
 
 import base64
-import shlex
-from collections import defaultdict
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -29,39 +24,35 @@ LAYOUT = {"template": "plotly_white", "height": 500, "margin_t": 80}
 Curve = dict[int, float]  # step -> value
 
 
-def report(folder: Path, metric: str | None = None, mode: Literal["max", "min"] | None = None) -> Path:
+def report(folder: Path) -> Path:
     """Writes report.html into a sweep's folder, whatever the state of its runs; returns its path.
 
     Args:
         folder: The sweep's folder, logs/sweeps/NAME.
-        metric: The metric that runs are compared by; if null, that of sweep.yaml, or val/acc.
-        mode: Whether a higher (max) or a lower (min) metric is better; if null, that of sweep.yaml, or max.
     """
     settings = {"metric": "val/acc", "mode": "max", "program": "main:main"} | read_settings(folder)
-    metric, mode = metric or settings["metric"], mode or settings["mode"]
+    metric, mode = settings["metric"], settings["mode"]
     runs = read_runs(folder, metric)
     if not runs:
         raise UserError(f"{folder} is not the folder of a sweep: it has no configs/*.yaml")
     ranked = sort_runs(runs, metric, mode)
     finished = [run for run in ranked if metric in run.metrics]
     labels = swept_labels(runs)
-    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))  # setting -> label -> metric
+    groups: dict[str, dict[str, list[float]]] = {}  # setting -> label -> metric of each run
     for run in runs:
         for name, label in labels[run.name].items():
-            groups[name][label] += [run.metrics[metric]] if metric in run.metrics else []
+            values = groups.setdefault(name, {}).setdefault(label, [])
+            values += [run.metrics[metric]] if metric in run.metrics else []
     events = [read_events(folder / run.name) for run in finished]
     losses, verdict = compare_losses(events[0][0]) if finished else ({}, "")
     tag = next((tag for tag in ("val/loss", "val_loss") if any(tag in curves for curves, _ in events)), metric)
     curves = {run_number(run.name): of_run[tag] for run, (of_run, _) in zip(finished, events) if tag in of_run}
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     page = jinja2.Template(template, autoescape=True, trim_blocks=True, lstrip_blocks=True).render(
+        settings,
         folder=folder,
-        program=settings["program"],
-        metric=metric,
-        mode=mode,
         runs=ranked,
         finished=finished,
-        metrics=list(dict.fromkeys(key for run in ranked for key in run.metrics)),
         labels=labels,
         groups=groups,
         shares={name: explained(*of_setting.values()) for name, of_setting in groups.items()},
@@ -73,9 +64,7 @@ def report(folder: Path, metric: str | None = None, mode: Literal["max", "min"] 
         curves_plot=draw_curves(curves, tag),
         missing=len(finished) - len(curves),
         plotly=offline.get_plotlyjs(),
-        now=datetime.now(),
         number=run_number,
-        quote=shlex.quote,
     )
     with write_atomically(folder / "report.html") as file:
         file.write(page)
@@ -84,45 +73,37 @@ def report(folder: Path, metric: str | None = None, mode: Literal["max", "min"] 
 
 def read_events(run_dir: Path) -> tuple[dict[str, Curve], dict[str, str]]:
     """Reads a run's TensorBoard events: tag -> curve of each scalar; tag -> last PNG of each picture, in base64."""
-    curves: dict[str, Curve] = defaultdict(dict)
+    curves: dict[str, Curve] = {}
     pictures: dict[str, str] = {}
     for file in sorted(run_dir.rglob("events.out.tfevents.*")):
         # EventFileLoader would also convert the histograms, which doubles the time.
         for event in LegacyEventFileLoader(str(file)).Load():
             for value in event.summary.value:
                 if value.HasField("simple_value"):
-                    curves[value.tag][event.step] = value.simple_value
+                    curves.setdefault(value.tag, {})[event.step] = value.simple_value
                 elif value.HasField("image"):
                     pictures[value.tag] = base64.b64encode(value.image.encoded_image_string).decode()
-    for curve in curves.values():
-        step, value = curve.popitem()
-        if step - 1 not in curve or value not in curve.values():  # else it is the best checkpoint's evaluation
-            curve[step] = value
+    for tag, curve in curves.items():
+        if tag.startswith("val") and max(curve) - 1 in curve:
+            curve.popitem()  # the best checkpoint's evaluation, one step after the last validation
     return curves, pictures
 
 
 def compare_losses(curves: dict[str, Curve]) -> tuple[dict[str, Curve], str]:
-    """The losses of training, as means since the previous validation, and of validation; a verdict on overfitting.
-
-    Both are empty if there are fewer than two points of either.
-    """
-    tags = [tag for tag in curves if tag.endswith("loss")]
-    train, val = (next((tag for tag in tags if tag.startswith(stage)), "") for stage in ("train", "val"))
+    """The losses of training (means between validations) and validation, and a verdict; empty below two points."""
+    train, val = ("train/loss", "val/loss") if "val/loss" in curves else ("train_loss", "val_loss")
     trained, validated = {}, curves.get(val, {})
     for start, end in zip([-1, *validated], validated):
         if values := [value for step, value in curves.get(train, {}).items() if start < step <= end]:
             trained[end] = float(np.mean(values))
     if len(trained) < 2:
         return {}, ""
-    lowest = min(validated, key=validated.__getitem__)
-    rising, falling = ([value for step, value in curve.items() if step >= lowest] for curve in (validated, trained))
-    verdict = f"No sign of overfitting: {train} did not fall since step {lowest}, where {val} was lowest."
-    if rising[-1] == rising[0]:
-        verdict = f"No sign of overfitting: {val} fell to the end."
-    elif falling and falling[-1] < falling[0]:
-        changes = [f"from {values[0]:.4f} to {values[-1]:.4f}" for values in (rising, falling)]
-        verdict = f"Sign of overfitting: since step {lowest}, {val} rose {changes[0]} while {train} fell {changes[1]}."
-    return {train: trained, val: validated}, verdict
+    losses = {train: trained, val: {step: validated[step] for step in trained}}
+    lowest, last = min(reversed(trained), key=validated.__getitem__), max(trained)
+    if trained[last] >= trained[lowest]:
+        return (losses, f"No sign of overfitting: since {val} was lowest, at step {lowest}, {train} did not fall.")
+    fell, rose = (f"from {curve[lowest]:.4f} to {curve[last]:.4f}" for curve in losses.values())
+    return losses, f"Sign of overfitting: since step {lowest}, {val} rose {rose} while {train} fell {fell}."
 
 
 def explained(*groups: list[float]) -> float:
@@ -132,7 +113,7 @@ def explained(*groups: list[float]) -> float:
     return float(np.var(means) / np.var(values)) if len(set(values)) > 1 else 0.0
 
 
-def draw_parallel(runs: list[Run], labels: dict[str, dict[str, str]], metric: str, mode: str) -> str:
+def draw_parallel(runs: list[Run], labels: dict[str, dict[str, str]], metric: str, mode: str) -> go.Figure:
     """Draws each run as a line through its metric and the labels of its settings; the best one is darkest."""
     runs = sorted(runs, key=lambda run: run.name)  # so that the values of a setting are in the order of the grid
     metrics = [run.metrics[metric] for run in runs]
@@ -143,11 +124,10 @@ def draw_parallel(runs: list[Run], labels: dict[str, dict[str, str]], metric: st
         positions = [ticks.index(label) for label in column]
         axes.append({"label": name, "values": positions, "tickvals": [*range(len(ticks))], "ticktext": ticks})
     line = {"color": metrics, "colorscale": "Blues", "reversescale": mode == "min", "showscale": True}
-    lines = go.Parcoords(dimensions=axes, line=line, labelfont_size=16, tickfont_size=14)
-    return go.Figure(lines, LAYOUT).to_html(full_html=False, include_plotlyjs=False)
+    return go.Figure(go.Parcoords(dimensions=axes, line=line), LAYOUT | {"font_size": 18})
 
 
-def draw_curves(curves: dict[str, Curve], title: str) -> str:
+def draw_curves(curves: dict[str, Curve], title: str) -> go.Figure:
     """Draws curves over the steps of training: the first one red and in front, others blue, the next darkest."""
     positive = all(value > 0 for curve in curves.values() for value in curve.values())
     axis = {"title": title, "type": "log" if positive else "linear", "tickformat": ".3~g"}
@@ -156,7 +136,7 @@ def draw_curves(curves: dict[str, Curve], title: str) -> str:
     for rank, (name, curve) in enumerate(curves.items()):
         line = {"color": shades[rank - 1], "width": 1.5} if rank else {"color": "#d62728", "width": 3}
         figure.add_scatter(x=[*curve], y=[*curve.values()], name=name, mode="lines", line=line, zorder=-rank)
-    return figure.to_html(full_html=False, include_plotlyjs=False)
+    return figure
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""Executes runs as SLURM jobs, by submitit (`pip install '.[cluster]'`).
-
-Each run is a task of a job array that calls local.execute. Ctrl-C stops the waiting; the jobs continue. The same
-command submits the unfinished runs again; a job whose run is finished, or executed by another job, ends at once.
-"""
+"""Executes runs as SLURM jobs, by submitit. Ctrl-C only stops the waiting; the same command submits the rest again."""
 
 import contextlib
 import functools
+import importlib.util
 import io
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -51,12 +49,8 @@ class Slurm:
 
 def check_cluster() -> None:
     """Raises a UserError if jobs cannot be submitted from here."""
-    try:
-        import submitit
-    except ImportError as error:
-        raise UserError("launcher slurm needs submitit: pip install '.[cluster]'") from error
-    if submitit.SlurmExecutor.affinity() < 0:
-        raise UserError("launcher slurm needs SLURM's commands (sbatch, srun, sacct), which are not on PATH")
+    if not (importlib.util.find_spec("submitit") and shutil.which("sbatch")):
+        raise UserError("launcher slurm needs SLURM's commands on PATH, and submitit: pip install '.[cluster]'")
 
 
 def run_job(sweep: Sweep, name: str) -> None:
@@ -101,7 +95,14 @@ def run_all(sweep: Sweep, display: Display, slurm: Slurm) -> Iterator[Run]:
     jobs = submit(sweep, unfinished, slurm)
     array = jobs[unfinished[0]].job_id.partition("_")[0]
     display.say(f"submitted {len(jobs)} runs to SLURM: squeue --jobs={array}")
-    while jobs:
+    while jobs and not sweep.gave_up:
+        states, next_poll = Counter(job.state.lower() for job in jobs.values()), time.monotonic() + slurm.poll
+        display.show(", ".join(f"{count} {state}" for state, count in states.items()))
+        while time.monotonic() < next_poll:
+            time.sleep(0.25)
+            if sweep.interrupts:
+                display.say(f"the jobs continue; to cancel them: scancel {array}")
+                return
         for name, job in list(jobs.items()):
             if job.done() and read_run(sweep.root, name, sweep.metric).status != "running":
                 del jobs[name]
@@ -109,14 +110,5 @@ def run_all(sweep: Sweep, display: Display, slurm: Slurm) -> Iterator[Run]:
                     reason = f"SLURM job {job.job_id} ended: {job.state.lower()} ({job.paths.stderr})"
                     write_status(sweep.root, name, "failed", reason)
                 yield read_run(sweep.root, name, sweep.metric)
-        if sweep.gave_up:
-            for job in jobs.values():
-                job.cancel()
-            return
-        states, next_poll = Counter(job.state.lower() for job in jobs.values()), time.monotonic() + slurm.poll
-        while jobs and time.monotonic() < next_poll:
-            display.show(", ".join(f"{count} {state}" for state, count in states.items()))
-            time.sleep(0.25)
-            if sweep.interrupts:
-                display.say(f"the jobs continue; to cancel them: scancel {array}")
-                return
+    for job in jobs.values():  # too many runs failed
+        job.cancel()

@@ -147,11 +147,13 @@ def test_what_slurm_refuses_is_one_line(foreign, capfd, argument, message):
 
 def test_missing_commands_and_packages_are_reported_before_anything_is_written(foreign, monkeypatch, capfd):
     args = [*FOREIGN, "--launcher=slurm", grid(model__lr=[0.1])]
+    line = "error: launcher slurm needs SLURM's commands on PATH, and submitit: pip install '.[cluster]'"
     with monkeypatch.context() as patch:
         patch.setenv("PATH", str(foreign))
-        assert "launcher slurm needs SLURM's commands" in sweeps.error_of(capfd, *args)
+        assert sweeps.error_of(capfd, *args) == line
+    with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "submitit", None)
-        assert sweeps.error_of(capfd, *args) == "error: launcher slurm needs submitit: pip install '.[cluster]'"
+        assert sweeps.error_of(capfd, *args) == line
     assert not Path("logs").exists()
 
 

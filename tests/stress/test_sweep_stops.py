@@ -83,7 +83,7 @@ def test_a_run_dies_with_its_sweep_and_starts_over(foreign):
     assert read_run(SWEEP, "000-fault=wait", "loss").status == "running"
     process.kill()
     process.wait()
-    lock(SWEEP, "000-fault=wait.run", timeout=10)  # held until the run's process has died
+    lock(SWEEP, "000-fault=wait", timeout=10)  # held until the run's process has died
     assert read_run(SWEEP, "000-fault=wait", "loss").status == "pending"
     process = start(*args)
     wait_for(lambda: len(trained()) == 2, process)
