@@ -8,9 +8,7 @@ from torch import nn
 
 
 class CNN(nn.Module):
-    """Three convolutions, a mean over the image, two linear layers.
-
-    With the default widths it has 2,324 parameters; the layers are named, so that histograms can be read.
+    """Three convolutions, a mean over the image, two linear layers; 2,324 parameters with the default widths.
 
     Args:
         l1_chan: Channels out of the first convolution (3x3, stride 2).

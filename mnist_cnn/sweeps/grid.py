@@ -61,6 +61,7 @@ def run_names(existing: Iterable[str], grid: dict[str, list[Any]]) -> list[str]:
     short = short_names(grid)
     axes = [[f"{short[key]}={label}" for label in labels(values).values()] for key, values in grid.items()]
     names = ["-".join(settings) for settings in itertools.product(*axes)]
+    names = [name if len(name) < 150 else f"{name[:140]}~{zlib.crc32(name.encode()):x}" for name in names]
     known = {run.partition("-")[2]: run for run in existing}
     if others := [known[name] for name in known.keys() - names]:
         raise UserError(f"run {min(others)} is not in this grid: give the sweep another name, or delete its folder")
