@@ -134,16 +134,16 @@ class MNISTDataModule(LightningDataModule):
         if self.augment and self.trainer and self.trainer.training:
             images = self.augment.to(images.device)(images.div(255)).mul_(255)
         images = images.sub(255 * self.mean).div_(255 * self.std)
-        return images.to(self.trainer.lightning_module.dtype) if self.trainer else images, targets
+        return (images.to(self.trainer.lightning_module.dtype) if self.trainer else images), targets
 
     def _loader(self, name: str) -> DataLoader:
         images, trainer, is_train = self.sets[name], self.trainer, name == "train"
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # of seed_everything
         processes = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        # Unlike torch's, this sampler repeats no image to make the processes' shares equal.
+        sampler: DistributedSampler = UnrepeatedDistributedSampler(images, *processes, shuffle=False)
         if is_train:  # Lightning tells it the epoch
-            sampler: DistributedSampler = DistributedSampler(images, *processes, True, seed, self.drop_last)
-        else:  # repeats no image to make the processes' shares equal
-            sampler = UnrepeatedDistributedSampler(images, *processes, shuffle=False)
+            sampler = DistributedSampler(images, *processes, shuffle=True, seed=seed, drop_last=self.drop_last)
         loader = ResumableLoader(
             images,
             batch_size=self.batch_size if is_train else self.eval_batch_size,

@@ -13,7 +13,7 @@ class WarmupCosineLR(LambdaLR):
     The sources are "Accurate, Large Minibatch SGD" and Loshchilov and Hutter, "SGDR" (2017).
 
     Args:
-        optimizer: Whose learning rate it is.
+        optimizer: The optimizer to schedule.
         total_steps: Steps of the whole training; null, which needs a trainer: as many as that will make.
         warmup: Share of the steps in which it rises, from 0 to 1.
         final: Learning rate at the end, as a share of the optimizer's.

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -290,6 +291,7 @@ def test_training_metrics_are_means_since_the_last_logging(folder, more):
     for interval in (1, 4):
         main([*BRIEF, "--tensorboard={}", "--evaluate_best=false", *more, f"--trainer.log_every_n_steps={interval}"])
     each, fourth = (events_of(RUNS / f"version_{run}") for run in (0, 1))
+    assert each.Scalars("train/loss")[0].value == pytest.approx(math.log(10), abs=0.1)  # an untrained net guesses
     for name in ("train/loss", "train/acc"):
         values = [event.value for event in each.Scalars(name)]
         means = [sum(values[start : start + 4]) / 4 for start in range(0, len(values), 4)]

@@ -30,7 +30,9 @@ class ModelGraph(Callback):
                 try:
                     logger.experiment.add_graph(getattr(pl_module, "net", pl_module), batch[0][:1])
                 except Exception as error:  # a net that cannot be traced can still be trained
-                    print(f"no graph in TensorBoard: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+                    print(
+                        f"no graph in TensorBoard: {type(error).__name__}: {error}".partition("\n")[0], file=sys.stderr
+                    )
 
 
 class Histograms(Callback):

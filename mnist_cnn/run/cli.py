@@ -126,7 +126,7 @@ class ExperimentCLI(LightningCLI):
         if config.trainer.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in given):
             config.progress_bar = None
         callbacks = [callback for callback in (*given, *(config[name] for name in CALLBACKS), self.stop) if callback]
-        kwargs |= {"logger": loggers, "callbacks": callbacks, "enable_checkpointing": True}  # StopBySignal is one
+        kwargs |= {"logger": loggers, "callbacks": callbacks, "enable_checkpointing": True}  # for StopBySignal
         kwargs["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
         return super().instantiate_trainer(**kwargs)
 
@@ -144,7 +144,7 @@ class ExperimentCLI(LightningCLI):
             given = config.run_dir or next((logger.log_dir for logger in trainer.loggers if logger.log_dir), None)
             self.run = create_run(Path(given) if given else None, Path(trainer.default_root_dir), content)
             for callback in trainer.checkpoint_callbacks:
-                if isinstance(callback, ModelCheckpoint):
+                if isinstance(callback, ModelCheckpoint):  # without one, the user wants no checkpoints
                     callback.dirpath = callback.dirpath or str(self.run.absolute() / "checkpoints")
                     self.stop.path = self.run / "checkpoints/last.ckpt"
         for logger in trainer.loggers:

@@ -1,4 +1,4 @@
-"""Config files as other rooms read them, without jsonargparse."""
+"""Reads config files without jsonargparse."""
 
 import json
 from pathlib import Path

@@ -80,12 +80,12 @@ class Experiment(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keeps what training_step returned; logs the means when `log_every_n_steps` steps have been made.
 
-        Reading a loss at every step would make a GPU wait; `self.log` at every step would cost a small net as much as
-        its backward pass.
+        Reading the loss at every step would make a GPU wait; `self.log` would cost as much as a small net's backward.
         """
         step, interval = self.global_step, max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if outputs:
-            self._outputs.append((step, outputs))
+            loss = outputs["loss"] * self.trainer.accumulate_grad_batches  # by which Lightning has divided it
+            self._outputs.append((step, {name: value.detach() for name, value in {**outputs, "loss": loss}.items()}))
         if step // interval != self._window and self._outputs:
             self._window = step // interval
             self.check_losses()

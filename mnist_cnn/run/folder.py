@@ -81,7 +81,7 @@ def find_checkpoint(root: Path, config_files: list[Path], which: str) -> str:
     if which == "last":
         return str(runs[-1] / last)
     if not (metrics := runs[-1] / "metrics.json").exists():
-        raise UserError(f"{runs[-1]} did not finish: give --ckpt_path=last, or a file")
+        raise UserError(f"{runs[-1]} has no metrics.json, it did not finish: give --ckpt_path=last, or a file")
     return str(runs[-1] / json.loads(metrics.read_text())["best_checkpoint"])
 
 

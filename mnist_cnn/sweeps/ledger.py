@@ -35,7 +35,7 @@ class Run:
 
 
 def lock(root: Path, name: str, timeout: float = -1) -> Any:
-    """Acquires a lock, which ends with the process that holds it; raises Timeout if another process holds it."""
+    """Acquires a lock, which is released when its process ends; raises Timeout if another process holds it."""
     (root / ".locks").mkdir(parents=True, exist_ok=True)
     return FileLock(root / ".locks" / f"{name}.lock").acquire(timeout=timeout)
 
