@@ -30,9 +30,7 @@ class ModelGraph(Callback):
                 try:
                     logger.experiment.add_graph(getattr(pl_module, "net", pl_module), batch[0][:1])
                 except Exception as error:  # a net that cannot be traced can still be trained
-                    print(
-                        f"no graph in TensorBoard: {type(error).__name__}: {error}".partition("\n")[0], file=sys.stderr
-                    )
+                    print(f"no graph in TensorBoard: {error!r:.300}", file=sys.stderr)
 
 
 class Histograms(Callback):

@@ -18,8 +18,8 @@ WARNINGS = (
 def silence_libraries() -> None:
     """Hides those warnings, and Lightning's advice and progress."""
     warnings.filterwarnings("ignore", WARNINGS)
-    for package in ("pytorch", "fabric"):
-        logging.getLogger(f"lightning.{package}").setLevel(logging.WARNING)
+    for name in ("pytorch.utilities", "pytorch.trainer.connectors", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
 
 
 class NoProfiler(PassThroughProfiler):
