@@ -71,8 +71,7 @@ class Histograms(Callback):
     def _unhook(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks.clear()
-        self._outputs.clear()
+        self._hooks, self._outputs = [], {}
 
 
 class EpochProgressBar(TQDMProgressBar):
@@ -93,7 +92,8 @@ class EpochProgressBar(TQDMProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         if trainer.is_global_zero:
-            metrics = [f"{name} {value:.4f}" for name, value in trainer.callback_metrics.items()]
+            logged = trainer.callback_metrics.items()
+            metrics = [f"{name} {value:.4f}" for name, value in logged if not name.startswith("lr-")]
             seconds = time.monotonic() - getattr(self, "_start", time.monotonic())  # not set if resumed in the epoch
             tqdm.write("  ".join([f"epoch {trainer.current_epoch:2}", *metrics, f"{seconds:.1f} s"]))
 
