@@ -97,7 +97,6 @@ def write_configs(root: Path, settings: dict[str, Any], files: list[Path], limit
         else:
             names = run_names((path.stem for path in (root / "configs").glob("*.yaml")), grid)
             swept = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-        # With a limit, there are fewer configs than names.
         contents = {name: to_yaml(config, values) for name, config, values in zip(names, configs, swept)}
         write_sweep(root, settings, contents)
     return sorted(contents)

@@ -169,5 +169,5 @@ def read_gzip(path: Path) -> Tensor:
     """The bytes in a gzip archive, whose check sum gzip verifies: uint8 [N]."""
     try:
         return torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{path} is missing or damaged ({error}): restore it, or delete it to download it") from error

@@ -45,8 +45,7 @@ LOGGERS: dict[str, type[Logger]] = {"tensorboard": RunFolderTensorBoard, "wandb"
 class ExperimentCLI(LightningCLI):
     """LightningCLI with named callbacks and loggers, one folder a run, and the best checkpoint tested after fit.
 
-    Args:
-        args: Command-line arguments; None: those of the process. Without a subcommand they are those of fit.
+    Without arguments, it takes those of the process; without a subcommand, they are those of fit.
     """
 
     run: Path | None = None  # the folder of a fit, in the main process
@@ -208,7 +207,7 @@ class ExperimentCLI(LightningCLI):
 def with_subcommand(args: list[str]) -> list[str]:
     """Moves the subcommand to the front; without one, the options are those of fit."""
     for index, (before, arg) in enumerate(itertools.pairwise(["", *args])):
-        is_value = before.startswith("-") and "=" not in before
+        is_value = before.startswith("-") and "=" not in before and before != "--print_config"
         if arg in LightningCLI.subcommands() and not is_value:
             return [arg, *args[:index], *args[index + 1 :]]
     return ["fit", *args] if args and args[0].startswith("-") and args[0] not in ("-h", "--help") else args

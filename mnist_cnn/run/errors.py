@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 from torch import nn
@@ -20,7 +20,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 # A config may name nets and callbacks, not os.system.
 set_parsing_settings(import_path_denylist=[], instantiate_subclass_spec_in_any=False)
-BASES: tuple[type[Any], ...] = (nn.Module, Optimizer, LRScheduler, Callback, Logger)
 # Lines of jsonargparse's messages that say where it looked, not what is wrong.
 NOISE = re.compile(r"Expected a path but|Does not|Subtypes|Errors|Expected (a )?<class 'None|Problem|Given value")
 
@@ -75,7 +74,10 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
     lines = re.split(r"\n[ -]*|Type typing\..* class: |Parser key \S+: ?|\. Got value: ", message)
     reason = next((line for line in lines if line.strip() and not NOISE.match(line)), message)
     if missing := re.search(r"dot import path string: (\S+)", reason):
-        similar = nearest(missing[1], [kind.__name__ for base in BASES for kind in base.__subclasses__()])
+        kinds: list[type[Any]] = [nn.Module, LightningDataModule, Optimizer, LRScheduler, Callback, Logger]
+        for kind in kinds:  # grows while it is walked
+            kinds += kind.__subclasses__()
+        similar = nearest(missing[1], [kind.__name__ for kind in kinds])
         hint = "; null disables it" if missing[1].lower() == "false" else similar
         return f"{key}: there is no class {missing[1]} of this kind{hint}"
     value = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value|$)", message, re.MULTILINE)

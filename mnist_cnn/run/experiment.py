@@ -42,16 +42,16 @@ class Experiment(LightningModule):
         arguments = {name: p.default for name, p in inspect.signature(self.lr_scheduler).parameters.items()}
         arguments |= getattr(self.lr_scheduler, "keywords", {})
         total_steps: dict[str, int] = {}
-        if "total_steps" in arguments and arguments["total_steps"] is None:
+        if arguments.get("total_steps", 0) is None and not arguments.get("steps_per_epoch"):
             # Before fit, any number serves to check the settings.
             steps = self.trainer.estimated_stepping_batches if self._trainer else 1_000
             if not 1 <= steps < math.inf:
                 raise UserError("the schedule needs the number of steps: set trainer.max_epochs or trainer.max_steps")
             total_steps["total_steps"] = int(steps)
         scheduler = self.lr_scheduler(optimizer, **total_steps)
-        interval = "step" if hasattr(scheduler, "total_steps") or isinstance(scheduler, CyclicLR) else "epoch"
+        per_step = "total_steps" in arguments or hasattr(scheduler, "total_steps") or isinstance(scheduler, CyclicLR)
         monitor = getattr(scheduler, "monitor", "val/loss")  # read for ReduceLROnPlateau only
-        return [optimizer], [{"scheduler": scheduler, "interval": interval, "monitor": monitor}]
+        return [optimizer], [{"scheduler": scheduler, "interval": "step" if per_step else "epoch", "monitor": monitor}]
 
     def on_train_start(self) -> None:
         """Checks that the schedule lasts until the end of training, and that there is a validation to monitor."""

@@ -28,7 +28,7 @@ def create_run(given: Path | None, root: Path, config: str) -> Path:
         with open(run / "config.yaml", "x", encoding="utf-8") as file:  # only one of two processes succeeds
             file.write(config)
     except FileExistsError as error:
-        if given is None:  # another process was faster
+        if given is None and run.exists():  # another process was faster
             return create_run(given, root, config)
         raise UserError(f"{run} holds a run already: give the run another folder") from error
     except OSError as error:

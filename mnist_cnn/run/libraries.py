@@ -18,7 +18,7 @@ WARNINGS = (
 def silence_libraries() -> None:
     """Hides those warnings, and Lightning's advice and progress."""
     warnings.filterwarnings("ignore", WARNINGS)
-    for name in ("pytorch.utilities", "pytorch.trainer.connectors", "fabric.utilities.seed"):
+    for name in ("pytorch.utilities.rank_zero", "pytorch.trainer.connectors", "fabric.utilities.seed"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
 
 

@@ -35,7 +35,7 @@ class TestPictures(Callback):
         self._worst: dict[str, Tensor] = {}
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        if not isinstance(outputs, Tensor):
+        if not (isinstance(outputs, Tensor) and outputs.ndim == 2):
             return  # not a classifier
         (images, targets), logits = batch, outputs
         if self._confusion is None:

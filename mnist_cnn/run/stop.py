@@ -84,7 +84,7 @@ class StopBySignal(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adapts the checkpoint to this run; an evaluation needs its weights only."""
-        if trainer.training:
+        if trainer.training and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             keep_best_checkpoints(trainer, checkpoint)
         else:
             checkpoint["callbacks"] = {}

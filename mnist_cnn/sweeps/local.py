@@ -78,7 +78,7 @@ def execute(sweep: Sweep, name: str, display: Display) -> Run:
         if sweep.interrupts > 1:
             with contextlib.suppress(ProcessLookupError):  # it has no group yet
                 os.killpg(process.pid, signal.SIGKILL)
-        elif sweep.interrupts and not stopped:
+        elif sweep.interrupts and not stopped and os.getpgid(process.pid) == process.pid:  # it has its own handlers
             display.say(f"stopping {name}; press Ctrl-C again to kill it")
             os.kill(process.pid, signal.SIGINT)
             stopped = True
@@ -92,9 +92,9 @@ def execute(sweep: Sweep, name: str, display: Display) -> Run:
 
 def run_alone(run: Path, program: str) -> None:
     """Executes a run in this process; writes config.yaml and metrics.json into its folder if the program does not."""
-    os.setsid()  # Ctrl-C in the terminal reaches the sweep only, which forwards it
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.setsid()  # Ctrl-C in the terminal reaches the sweep only, which forwards it
     threading.Thread(target=die_with_parent, daemon=True).start()
     sys.stdout = sys.stderr = open(run / "output.log", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
     for number in (1, 2):  # what C code and other processes print
