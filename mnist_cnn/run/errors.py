@@ -77,7 +77,7 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         kinds: list[type[Any]] = [nn.Module, LightningDataModule, Optimizer, LRScheduler, Callback, Logger]
         for kind in kinds:  # grows while it is walked
             kinds += kind.__subclasses__()
-        similar = nearest(missing[1], [kind.__name__ for kind in kinds])
+        similar = nearest(missing[1], [kind.__name__ for kind in kinds if "torchvision" not in kind.__module__])
         hint = "; null disables it" if missing[1].lower() == "false" else similar
         return f"{key}: there is no class {missing[1]} of this kind{hint}"
     value = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value|$)", message, re.MULTILINE)
