@@ -83,7 +83,7 @@ class Experiment(LightningModule):
         Reading the loss at every step would make a GPU wait; `self.log` would cost as much as a small net's backward.
         """
         step, interval = self.global_step, max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if outputs:
+        if outputs and "loss" in outputs:
             loss = outputs["loss"] * self.trainer.accumulate_grad_batches  # by which Lightning has divided it
             self._outputs.append((step, {name: value.detach() for name, value in {**outputs, "loss": loss}.items()}))
         if step // interval != self._window and self._outputs:
