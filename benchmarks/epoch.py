@@ -18,7 +18,7 @@ from pathlib import Path
 
 REPO = Path(__file__).parents[1]
 NETS = {"4/8/16": (4, 8, 16), "8/16/32": (8, 16, 32)}
-ROUNDS, EPOCHS = 5, 4
+ROUNDS, EPOCHS = 3, 4
 
 
 def plain(channels: tuple[int, ...]) -> None:
