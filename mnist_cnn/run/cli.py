@@ -43,10 +43,7 @@ LOGGERS: dict[str, type[Logger]] = {"tensorboard": RunFolderTensorBoard, "wandb"
 
 
 class ExperimentCLI(LightningCLI):
-    """LightningCLI with named callbacks and loggers, one folder a run, and the best checkpoint tested after fit.
-
-    Without arguments, it takes those of the process; without a subcommand, they are those of fit.
-    """
+    """LightningCLI with named callbacks and loggers, one folder a run, and the best checkpoint tested after fit."""
 
     run: Path | None = None  # the folder of a fit, in the main process
 

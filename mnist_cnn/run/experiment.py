@@ -107,6 +107,4 @@ class Experiment(LightningModule):
         if losses and not (finite := torch.stack(losses).isfinite()).all():
             step = self._outputs[int(finite.int().argmin())][0]
             place = f"step {step} (epoch {self.current_epoch})"
-            raise FloatingPointError(
-                f"train/loss was not finite at {place}: training diverged; lower the learning rate"
-            )
+            raise FloatingPointError(f"train/loss was not finite at {place}: training diverged; lower the rate")

@@ -10,6 +10,7 @@ import numpy as np
 import wandb
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
@@ -76,12 +77,15 @@ def log_histograms(trainer: Trainer, values: dict[str, Tensor], bins: int) -> No
 
 
 def log_figure(trainer: Trainer, tag: str, figure: Figure) -> None:
-    """Logs a Matplotlib figure as an image to each TensorBoardLogger and WandbLogger."""
+    """Logs a Matplotlib figure, drawn once, as an image to each TensorBoardLogger and WandbLogger."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = np.asarray(canvas.buffer_rgba())[..., :3]  # uint8 [H, W, 3]
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_figure(tag, figure, trainer.global_step)
+            logger.experiment.add_image(tag, image, trainer.global_step, dataformats="HWC")
         elif isinstance(logger, WandbLogger):
-            logger.log_image(tag, [figure], trainer.global_step)
+            logger.log_image(tag, [image], trainer.global_step)
 
 
 def start_wandb(logger: WandbLogger) -> None:
