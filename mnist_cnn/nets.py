@@ -36,8 +36,7 @@ class CNN(nn.Module):
         x = self.relu1(self.conv1(images))  # [N, l1_chan, 13, 13]
         x = self.relu2(self.conv2(x))  # [N, l2_chan, 13, 13]
         x = self.relu3(self.conv3(x))  # [N, l3_chan, 6, 6]
-        # A mean, since adaptive pooling has no deterministic backward on CUDA.
-        x = x.mean(dim=(2, 3))  # [N, l3_chan]
+        x = x.mean(dim=(2, 3))  # [N, l3_chan]; adaptive pooling has no deterministic backward on CUDA
         return self.fc2(self.relu4(self.fc1(x)))
 
 

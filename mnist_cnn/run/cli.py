@@ -136,7 +136,7 @@ class ExperimentCLI(LightningCLI):
             return
         if self.subcommand == "fit":
             resumed = f"# resumed from {config.ckpt_path}\n" if config.ckpt_path else ""
-            content = resumed + yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
+            content = resumed + yaml.dump(self.settings, Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True)
             given = config.run_dir or next((logger.log_dir for logger in trainer.loggers if logger.log_dir), None)
             self.run = create_run(Path(given) if given else None, Path(trainer.default_root_dir), content)
             for callback in trainer.checkpoint_callbacks:

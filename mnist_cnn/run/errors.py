@@ -48,7 +48,7 @@ class Parser(LightningArgumentParser):
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Checks that a config file is YAML with settings; jsonargparse would not name the file."""
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.CSafeLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"config file {path} is not valid YAML: {error}") from error
         if not isinstance(content, dict):

@@ -84,14 +84,14 @@ class Experiment(LightningModule):
         """
         step, interval = self.global_step, max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if outputs and "loss" in outputs:
-            loss = outputs["loss"] * self.trainer.accumulate_grad_batches  # by which Lightning has divided it
-            self._outputs.append((step, {name: value.detach() for name, value in {**outputs, "loss": loss}.items()}))
+            self._outputs.append((step, {name: value.detach() for name, value in outputs.items()}))
         if step // interval != self._window and self._outputs:
             self._window = step // interval
             self.check_losses()
             for name in self._outputs[-1][1]:
-                values = torch.cat([of_batch[name].flatten() for _, of_batch in self._outputs])
-                self.log(f"train/{name}", values.float().mean())
+                mean = torch.cat([of_batch[name].flatten() for _, of_batch in self._outputs]).float().mean()
+                divisor = self.trainer.accumulate_grad_batches if name == "loss" else 1  # of Lightning's
+                self.log(f"train/{name}", mean * divisor)
             self._outputs.clear()
 
     def on_train_epoch_end(self) -> None:
@@ -107,4 +107,4 @@ class Experiment(LightningModule):
         if losses and not (finite := torch.stack(losses).isfinite()).all():
             step = self._outputs[int(finite.int().argmin())][0]
             place = f"step {step} (epoch {self.current_epoch})"
-            raise FloatingPointError(f"train/loss was not finite at {place}: training diverged; lower the rate")
+            raise FloatingPointError(f"train/loss is not finite at {place}: training diverged; lower the learning rate")

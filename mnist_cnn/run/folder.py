@@ -19,7 +19,7 @@ from mnist_cnn.run.files import write_atomically
 
 def create_run(given: Path | None, root: Path, config: str) -> Path:
     """Creates the folder of a run with its config.yaml; it is the next free version_N in `root` if none is given."""
-    number = int(versions(root)[-1].name[8:]) + 1 if versions(root) else 0
+    number = max((int(folder.name[8:]) for folder in versions(root)), default=-1) + 1
     run = given or root / f"version_{number}"
     try:
         run.mkdir(parents=True, exist_ok=given is not None)

@@ -134,12 +134,14 @@ def complete_configs(parse: Callable[[Point], Config], points: list[Point]) -> l
     first = parse(points[0])
     changed = functools.cache(lambda point: changes(first, parse(point)))
 
+    def select(point: Point, group: set[int]) -> Point:  # with the first values of the other axes
+        return tuple(index if axis in group else 0 for axis, index in enumerate(point))
+
     def combine(point: Point, groups: list[set[int]]) -> Config:
-        parts = (tuple(index if axis in group else 0 for axis, index in enumerate(point)) for group in groups)
-        config = first | {path: value for part in parts for path, value in changed(part).items()}
+        config = first | {path: value for group in groups for path, value in changed(select(point, group)).items()}
         return {path: value for path, value in config.items() if value is not ...}
 
-    paths = [{path for point in points for path in changes(first, combine(point, [{axis}]))} for axis in axes]
+    paths = [{path for point in points for path in changed(select(point, {axis}))} for axis in axes]
     related = {axis for axis, other in itertools.permutations(axes, 2) if paths[axis] & paths[other]}
     groups = [related, *({axis} for axis in axes if axis not in related)]
     samples = [*points[:: len(points) // 3 + 1], points[-1]]
