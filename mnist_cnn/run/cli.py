@@ -21,8 +21,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from mnist_cnn.run.callbacks import Histograms, ModelGraph, PredictionWriter
 from mnist_cnn.run.errors import Parser, UserError, fail
 from mnist_cnn.run.experiment import Experiment
+from mnist_cnn.run.files import AtomicCheckpointIO
 from mnist_cnn.run.folder import best_checkpoint, check_checkpoint, create_run, discard, find_checkpoint, write_metrics
-from mnist_cnn.run.libraries import silence_libraries
+from mnist_cnn.run.libraries import NoProfiler, silence_libraries
 from mnist_cnn.run.loggers import RunFolderTensorBoard, finish_wandb, start_wandb
 from mnist_cnn.run.pictures import TestPictures
 from mnist_cnn.run.stop import StopBySignal
@@ -59,10 +60,6 @@ class ExperimentCLI(LightningCLI):
                     auto_configure_optimizers=False,
                     save_config_callback=None,  # before_fit writes it, whatever the loggers
                     parser_class=Parser,
-                    trainer_defaults={
-                        "plugins": {"class_path": "mnist_cnn.run.files.AtomicCheckpointIO"},
-                        "profiler": {"class_path": "mnist_cnn.run.libraries.NoProfiler"},
-                    },
                     args=args,
                 )
             except (Exception, SystemExit) as error:
@@ -123,6 +120,8 @@ class ExperimentCLI(LightningCLI):
             config.progress_bar = None
         callbacks = [callback for callback in (*given, *(config[name] for name in CALLBACKS), self.stop) if callback]
         kwargs |= {"logger": loggers, "callbacks": callbacks, "enable_checkpointing": True}  # for StopBySignal
+        kwargs["plugins"] = config.trainer.plugins or AtomicCheckpointIO()
+        kwargs["profiler"] = config.trainer.profiler or NoProfiler()
         kwargs["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
         return super().instantiate_trainer(**kwargs)
 
