@@ -41,6 +41,10 @@ class Line(LightningModule):
         loss = torch.nn.functional.mse_loss(self.line(batch[0]), batch[1])
         self.log("loss", loss * float("nan") if self.fault == "nan" else loss)
 
+    def test_step(self, batch, index):
+        self.log("test_loss", torch.nn.functional.mse_loss(self.line(batch[0]), batch[1]))
+        self.log("loss", 1000.0)  # validation's name
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), self.lr)
 
@@ -56,15 +60,34 @@ class Points(LightningDataModule):
         x = torch.linspace(-1, 1, 64).unsqueeze(1)
         return DataLoader(TensorDataset(x, 3 * x), self.batch_size)
 
-    val_dataloader = train_dataloader
+    val_dataloader = test_dataloader = train_dataloader
 
 
 def main(args=None):
     return LightningCLI(Line, Points, args=args, trainer_defaults={"max_epochs": 2, "accelerator": "cpu"})
 
 
+def evaluates(args=None):
+    cli = main(args)
+    cli.trainer.validate(cli.model, cli.datamodule, ckpt_path="best")
+    cli.trainer.test(cli.model, cli.datamodule, ckpt_path="best")
+    return cli
+
+
+def has_no_fit(args=None):
+    return LightningCLI(Line, Points, args=args, run=False)
+
+
+def takes_any_model(args=None):
+    return LightningCLI(Line, Points, args=args, subclass_mode_model=True)
+
+
 def forgets(args=None):
     main(args)
+
+
+def exits(args=None):
+    raise SystemExit(main(args) and 0)
 
 
 def makes_none(args=None):

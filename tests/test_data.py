@@ -25,7 +25,8 @@ def module(data_dir=DATA, **settings):
 
 def recorded(*args):
     """The batches that the model got, by stage and epoch."""
-    return callback_of(main([*BRIEF, RECORD, *args]), "Record").batches
+    cli = main([*BRIEF, RECORD, *args])
+    return callback_of(cli, "Record").batches | cli.fresh[0].batches  # in the evaluation, callbacks are new
 
 
 def sums(images):

@@ -140,6 +140,13 @@ def test_the_graph_names_the_layers(events):
     assert {"Conv2d[conv1]", "Linear[fc2]"} <= nodes
 
 
+def test_the_best_checkpoints_metrics_are_no_points_of_the_curves(fitted, events):
+    for name in ("val/loss", "val/acc"):
+        assert len(events.Scalars(name)) == 2  # one an epoch
+        (best,) = events.Scalars(f"best/{name}")
+        assert best.value == pytest.approx(metrics_of(fitted.run)[name], rel=1e-6)
+
+
 def test_histograms_are_what_the_step_computed(events):
     expected = first_step(138, original_net(), mean=0.0, std=1.0, split_seed=51)[2]
     layers = [layer for layer in LAYERS if not layer.startswith("relu")]
@@ -251,6 +258,13 @@ def test_any_loggers_have_one_folder_a_run(folder, loggers):
     assert len(offline) == (2 if loggers in (LOGGERS["W&B alone"], LOGGERS["a list"]) else 0)
 
 
+def test_the_trainer_can_be_used_after_a_run(folder, capfd):
+    cli = main([*BRIEF, "--wandb={project: mnist, save_dir: logs}", "--tensorboard={}"])
+    assert "on cpu, 1 thread" in capfd.readouterr().out.splitlines()
+    cli.trainer.test(cli.model, cli.datamodule)
+    assert set(cli.trainer.callback_metrics) == {"test/loss", "test/acc"}
+
+
 def test_an_evaluation_can_be_logged_to_wandb(fitted, folder, capfd):
     wandb = ["--trainer.logger=WandbLogger", "--trainer.logger.save_dir=logs"]
     main(["test", fitted.config, "--ckpt_path=best", *wandb])
@@ -323,6 +337,16 @@ def test_a_net_that_cannot_be_traced_is_trained(folder, capfd):
     main([*BRIEF, "--graph={}", "--tensorboard={}", "--model.net=untraceable.Untraceable"])
     assert "not for one image" in capfd.readouterr().err
     assert (RUN / "metrics.json").exists()
+
+
+def test_a_net_that_does_not_fit_the_images_is_reported_once(folder, capfd):
+    (folder / "wrong.py").write_text(
+        "from torch import nn\n\nclass Wrong(nn.Sequential):\n    def __init__(self):\n"
+        "        super().__init__(nn.Conv2d(3, 4, 3))\n"
+    )
+    with pytest.raises(RuntimeError, match="3 channels"):
+        main([*BRIEF, "--graph={}", "--tensorboard={}", "--model.net=wrong.Wrong"])
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("setting", ["--data.val_size=0", "--trainer.limit_val_batches=0"])

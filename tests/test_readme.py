@@ -5,7 +5,7 @@ import re
 import shlex
 
 import pytest
-from conftest import REPO, printed_config
+from conftest import REPO, RUN, RUNS, assert_same_run, main, metrics_of, printed_config
 
 README = (REPO / "README.md").read_text()
 COMMANDS = re.findall(r"^python (main\.py .*--config configs/[^#\n]*)", README, re.MULTILINE)
@@ -33,6 +33,17 @@ def test_commands_are_understood(folder, capfd, command):
 
 def test_there_are_commands():
     assert len(COMMANDS) >= 5
+
+
+def test_a_data_module_and_a_model_as_printed(folder):
+    (code,) = re.findall(r"```python\n(# my_waves.py.*?)```", README, re.DOTALL)
+    (folder / "my_waves.py").write_text(code)
+    (command,) = [command for command in COMMANDS if "my_waves" in command]
+    (folder / "configs").symlink_to(REPO / "configs")
+    main([*shlex.split(command)[1:], "--trainer.max_epochs=3", "--wandb=null"])
+    assert metrics_of(RUN)["test/acc"] > 0.6
+    main(["fit", f"--config={RUN}/config.yaml"])
+    assert_same_run(RUNS / "version_1", RUN)
 
 
 # The container

@@ -2,18 +2,22 @@
 
 import html
 import json
+import math
 import os
 import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from lightning.pytorch.loggers import WandbLogger
 from torch.utils.tensorboard import SummaryWriter
 
 from mnist_cnn.run.errors import UserError
-from mnist_cnn.sweeps.report import compare_losses, explained, read_events, report
+from mnist_cnn.run.loggers import RunFolderTensorBoard, log_result
+from mnist_cnn.sweeps.report import compare_losses, draw_curves, explained, read_events, report
 
 SWEEP = Path("logs/sweeps/tiny")
 GRID = [
@@ -54,7 +58,7 @@ def write_events(run_dir: Path, val_losses: list[float], first_step: int = 0) ->
             writer.add_histogram("param/weight", np.arange(9), step)
         for index, loss in enumerate(val_losses):
             writer.add_scalar("val/loss", loss, first_step + 5 * index + 4)
-        writer.add_scalar("val/loss", min(val_losses), first_step + 5 * len(val_losses))  # of the best checkpoint
+        writer.add_scalar("best/val/loss", min(val_losses), first_step + 5 * len(val_losses))
         for tag in ("test/confusion_matrix", "test/worst_classified"):
             writer.add_image(tag, np.full((3, 60, 600), step, np.uint8))
 
@@ -87,6 +91,7 @@ def test_the_page_shows_a_finished_sweep():
         "4 of 4 runs are finished. The metric is val/acc; higher is better." in text and "Means and plots" not in text
     )
     assert "002-l1_chan=8-nesterov=false reached val/acc 0.9600 with l1_chan 8 , nesterov false ." in text
+    assert "Metrics of epoch01.ckpt: val/loss val/acc" in text
     assert "val/loss val/acc test/loss test/acc epochs seconds 0.2400 0.9600 0.3400 0.9500 3 7 " in text
     assert re.findall(r"(\d{3}) finished", text) == [name[:3] for name in results]  # the best first
     for name, metrics in results.items():
@@ -94,12 +99,12 @@ def test_the_page_shows_a_finished_sweep():
         numbers = " ".join(f"{metrics[key]:.4f}" for key in ("val/loss", "val/acc", "test/loss", "test/acc"))
         command = f"python main.py fit --config logs/sweeps/tiny/configs/{name}.yaml"
         assert f"{name[:3]} finished {labels} {numbers} 3 7 {command}" in text
-    # l1_chan explains 9 of 13, as squared deviations.
-    assert "l1_chan 0.69 4: 0.9200 (2) 8: 0.9500 (2) nesterov 0.00 false: 0.9350 (2) true: 0.9350 (2)" in text
-    assert "Together the settings explain 69 %" in text
+    # Of the squared deviations, 4 of 13 are within the values of l1_chan: 1 - (4 / 2) / (13 / 3) = 7 / 13.
+    assert "l1_chan 0.54 4: 0.9200 (2) 8: 0.9500 (2) nesterov 0.00 false: 0.9350 (2) true: 0.9350 (2)" in text
     assert (
         "Sign of overfitting: since step 9, val/loss rose from 2.0000 to 3.0000 while train/loss fell from 0." in text
     )
+    assert "The gap at the end, val/loss minus train/loss, is 2.6886." in text
     body = page.read_text().partition("<h1>")[2]
     assert body.count("data:image/png;base64,") == 2
     assert not re.search(r'(?:src|href)="(?!data:)', body)  # nothing from the network
@@ -114,16 +119,17 @@ def test_a_sweep_with_failed_runs_says_what_is_missing():
         swept = {"model.init_args.fault": fault, "config": overlay}
         failed = fault == "exit"
         write_run(f"{i:03d}-f={i}", swept, None if failed else {"loss": 9.0 - i}, "<exit> at step 1" if failed else "")
-    text = text_of(report(SWEEP))
+    page = report(SWEEP)
+    text = text_of(page)
+    assert page.read_text().count('class="failed"') == 3  # red: the paragraph about what is missing, two runs
     assert "4 of 6 runs are finished, 2 failed. The metric is loss; lower is better." in text
     assert "Means and plots show only the 4 finished runs with loss." in text
     assert "005-f=5 reached loss 4.0000 with fault x-b- , config slow ." in text
     assert "python my/foreign.py fit --config logs/sweeps/tiny/configs/005-f=5.yaml" in text
     assert (
-        "fault 0.80 exit: (0) null: 6.5000 (2) x-b-: 4.5000 (2) config 0.20 null: 6.0000 (2) slow: 5.0000 (2)" in text
+        "fault 0.70 exit: (0) null: 6.5000 (2) x-b-: 4.5000 (2) config 0.00 null: 6.0000 (2) slow: 5.0000 (2)" in text
     )
     assert "000 failed <exit> at step 1 logs/sweeps/tiny/000-f=0/output.log" in text
-    assert "Which setting matters" in text and "Together" not in text
 
 
 def test_a_sweep_that_has_not_begun():
@@ -132,6 +138,15 @@ def test_a_sweep_that_has_not_begun():
     text = text_of(report(SWEEP))
     assert "0 of 4 runs are finished, 4 pending." in text and "000 pending 4 false" in text
     assert "Best run" not in text and "Mean" not in text
+
+
+def test_a_pending_run_is_no_warning():
+    write_run(NAMES[0], GRID[0], {"val/acc": 0.5})
+    write_run(NAMES[1], GRID[1])
+    page = report(SWEEP)
+    assert "1 of 2 runs are finished, 1 pending." in text_of(page)
+    assert "<p>\nMeans and plots show only the 1 finished runs" in page.read_text()  # and not red
+    assert 'class="failed"' not in page.read_text()
 
 
 def test_missing_events_and_metrics_are_reported():
@@ -143,16 +158,22 @@ def test_missing_events_and_metrics_are_reported():
     assert "Means and plots show only the 3 finished runs with val/acc." in text
     assert "1 of 3 finished runs have no val/loss in their TensorBoard events." in text
     assert f"{best} reached val/acc 0.9600" in text and "verfitting" not in text
-    assert "Which setting matters" in text and "Together" not in text  # shares of an incomplete grid don't add up
     assert re.findall(r"(\d{3}) finished", text)[-1] == others[1][:3]
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_equal_runs_show_no_influence(count):
+@pytest.mark.parametrize(("count", "share"), [(1, "each run has its own value"), (2, "0.00")])
+def test_equal_runs_show_no_influence(count, share):
     for name, swept in list(zip(NAMES, GRID))[:count]:
         write_run(name, swept, {"val/acc": 0.5}, events=False)
+    assert f"l1_chan {share} 4: 0.5000 ({count})" in text_of(report(SWEEP))
+
+
+def test_seeds_show_no_influence():
+    for seed, name in enumerate(NAMES):
+        write_run(name, {"seed_everything": seed}, {"val/acc": 0.5 + seed / 10, "f1": 1e-5 * seed}, events=False)
     text = text_of(report(SWEEP))
-    assert f"l1_chan 0.00 4: 0.5000 ({count})" in text and "Together" not in text
+    assert "seed_everything each run has its own value 0: 0.5000 (1) 1: 0.6000 (1)" in text
+    assert "003 finished 3 0.8000 3e-05 python" in text  # small numbers keep their digits
 
 
 def test_a_resumed_run_is_one_curve():
@@ -200,26 +221,54 @@ def test_a_mistake_is_reported_in_one_line(args, message, monkeypatch, capfd):
     assert capfd.readouterr().err.replace(str(os.getpid()), "PID") == f"error: {message}\n"
 
 
-def test_explained_variance_adds_up_if_settings_do_not_interact():
-    width, depth = [1, 1, 2, 2], [1, 2, 1, 2]
-    metrics = [10.0 * a + b for a, b in zip(width, depth)]
-    groups = [[[m for m, v in zip(metrics, values) if v == label] for label in (1, 2)] for values in (width, depth)]
-    assert [explained(*group, []) for group in groups] == pytest.approx([100 / 101, 1 / 101])
-    assert explained(*([metric] for metric in metrics)) == pytest.approx(1)
+def test_explained_variance_is_corrected_for_the_number_of_values():
+    assert explained([11.0, 12.0], [21.0, 22.0], []) == pytest.approx(1 - (1 / 2) / (101 / 3))
+    assert explained([11.0, 21.0], [12.0, 22.0]) == 0  # eta squared would be 1/101
+    assert explained([1.0, 4.0], [2.0, 5.0], [3.0, 6.0]) == 0  # and here 4/17.5
+    assert explained([1.0, 1.0], [2.0, 2.0]) == 1
+    assert explained([1.0], [2.0], [3.0], []) is None
 
 
-def test_losses_are_compared_epoch_by_epoch_without_the_evaluation_of_the_best_checkpoint():
+def test_losses_are_compared_epoch_by_epoch():
     write_run(NAMES[0], GRID[0])
     write_events(SWEEP / NAMES[0], [4.0, 2.0, 3.0])
     losses, _ = compare_losses(read_events(SWEEP / NAMES[0])[0])
     train = [4 / (1 + step) for step in range(15)]
     means = {step: pytest.approx(np.mean(train[step - 4 : step + 1])) for step in (4, 9, 14)}
     assert losses == {"train/loss": means, "val/loss": {4: 4.0, 9: 2.0, 14: 3.0}}
-    plateau = SWEEP / "plateau"
-    with SummaryWriter(plateau) as writer:
-        for step in (9, 19, 29):
-            writer.add_scalar("val/loss", 1.0, step)
-    assert read_events(plateau)[0] == {"val/loss": {9: 1.0, 19: 1.0, 29: 1.0}}
+
+
+def test_the_best_checkpoints_metrics_are_no_points_of_the_curves():
+    board, wandb_run = RunFolderTensorBoard(), SimpleNamespace(summary={"val/loss": 0.5})
+    board.start(SWEEP / "run")
+    board.log_metrics({"val/loss": 0.5, "test/loss": 0.75}, step=9)
+    loggers = [board, WandbLogger(experiment=wandb_run)]
+    settings, metrics = {"seed_everything": 1, "model": {}, "data": {}}, {"val/loss": 0.25, "test/loss": 0.75}
+    log_result(SimpleNamespace(loggers=loggers, global_step=10), settings, metrics)
+    assert read_events(SWEEP / "run")[0] == {"val/loss": {9: 0.5}, "test/loss": {9: 0.75}, "best/val/loss": {10: 0.25}}
+    assert wandb_run.summary == metrics
+
+
+def test_curves_have_the_finite_values_of_all_steps():
+    with SummaryWriter(SWEEP / "run") as writer:
+        for step, loss in enumerate([1.0, math.nan, 0.5, math.inf, 1.0]):
+            writer.add_scalar("val_loss", loss, step)
+    assert read_events(SWEEP / "run")[0] == {"val_loss": {0: 1.0, 2: 0.5, 4: 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("losses", "kind"),
+    [([0.6931, 0.6929], None), ([0.5, 4.9], None), ([0.05, 2.3], "log"), ([-0.5, 100.0], None), ([0.0, 9.0], None)],
+)
+def test_only_an_axis_over_a_factor_of_ten_is_logarithmic(losses, kind):
+    figure = draw_curves({"000": dict(enumerate(losses)), "001": {0: losses[0]}}, "val/loss")
+    assert figure.layout.yaxis.type == kind
+    assert [curve.mode for curve in figure.data] == ["lines", "markers"]  # one point makes no line
+
+
+def test_train_and_val_have_different_colours():
+    red, blue = draw_curves({"train/loss": {0: 1.0, 1: 0.5}, "val/loss": {0: 1.0, 1: 0.8}}, "loss").data
+    assert red.line.color == "#d62728" and blue.line.color == "rgb(8, 48, 107)"
 
 
 def test_a_run_without_both_losses_has_no_verdict():
@@ -234,18 +283,32 @@ def test_a_run_without_both_losses_has_no_verdict():
         (
             [4.0, 2.0, 1.0],
             [4.0, 2.0, 3.0],
-            "Sign of overfitting: since step 1, val/loss rose from 2.0000 to 3.0000 "
-            "while train/loss fell from 2.0000 to 1.0000.",
+            "Sign of overfitting: since step 1, val/loss rose from 2.0000 to 3.0000 while train/loss fell from 2.0000 "
+            "to 1.0000. The gap at the end, val/loss minus train/loss, is 2.0000.",
         ),
         (
             [4.0, 1.0, 2.0],
             [4.0, 2.0, 3.0],
-            "No sign of overfitting: since val/loss was lowest, at step 1, train/loss did not fall.",
+            "No sign of overfitting: since val/loss was lowest, at step 1, train/loss did not fall. "
+            "The gap at the end, val/loss minus train/loss, is 1.0000.",
+        ),
+        (
+            [4.0, 2.0, 1.0],
+            [4.0, 0.5, 0.504],
+            "No sign of overfitting: val/loss rose by less than 1 % since step 1, where it was lowest. "
+            "The gap at the end, val/loss minus train/loss, is -0.4960.",
+        ),
+        (
+            [4.0, 2.0, -1.5e-5],
+            [4.0, -1.0e-5, 1.0e-5],
+            "Sign of overfitting: since step 1, val/loss rose from -1e-05 to 1e-05 while train/loss fell from 2.0000 "
+            "to -1.5e-05. The gap at the end, val/loss minus train/loss, is 2.5e-05.",
         ),
         (
             [4.0, 2.0, 1.0],
             [4.0, 2.0, 2.0],
-            "No sign of overfitting: since val/loss was lowest, at step 2, train/loss did not fall.",
+            "No sign of overfitting: val/loss rose by less than 1 % since step 2, where it was lowest. "
+            "The gap at the end, val/loss minus train/loss, is 1.0000.",
         ),
     ],
 )

@@ -44,7 +44,7 @@ MOMENTS = {
     "first step": ("on_train_batch_start", 0),
     "middle of an epoch": ("on_train_batch_start", 3),
     "last step of an epoch": ("on_train_batch_start", 7),
-    "validation": ("on_validation_batch_start", 0),
+    "validation": ("on_validation_batch_start", 2),  # after the sanity check
     "second epoch": ("on_before_optimizer_step", 11),
     "last step of all": ("on_train_batch_start", 15),
 }
@@ -86,7 +86,7 @@ def test_it_can_be_stopped_again_and_again(folder, undisturbed, capfd):
 
 
 def test_a_second_signal_ends_at_once(folder, capfd):
-    lines = stopped(capfd, *BRIEF, *at("on_validation_batch_start", 2, times=2))
+    lines = stopped(capfd, *BRIEF, *at("on_validation_batch_start", 4, times=2))
     assert "stopping" in lines[0] and lines[-1].endswith("--ckpt_path=last")
     assert torch.load(LAST, weights_only=True)["global_step"] == 8  # that of the epoch before
 

@@ -4,12 +4,15 @@ import functools
 import itertools
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import duckdb
 import pytest
+import torch
 import yaml
 from conftest import BASE, REPO, metrics_of
 from sweeps import FOREIGN, NAMES, SWEEP, error_of, grid, in_new_process, less_times, rows, settings, statuses, trained
@@ -30,7 +33,7 @@ def test_results_have_a_row_for_each_run_with_its_metrics(tiny):
     assert [(row["model.net.l1_chan"], row["model.optimizer.nesterov"]) for row in results] == swept
     for row in results:
         metrics = json.loads((tiny[0] / SWEEP / row["name"] / "metrics.json").read_text())
-        del metrics["best_checkpoint"]
+        assert row["metrics_of"] == Path(metrics.pop("best_checkpoint")).name
         assert {key: float(row[key]) for key in metrics} == metrics
     assert len({row["val/loss"] for row in results}) == 4
 
@@ -259,7 +262,7 @@ MISTAKES = {
     "twice": ([grid(model__net__l1_chan=[4, 8, 4])], "l1_chan must be a list of different values, got [4, 8, 4]"),
     "unknown key": (
         [grid(model__optimizer__lrr=[0.1])],
-        "unknown key model.optimizer.lrr (did you mean lr?) (with model.optimizer.lrr=0.1)",
+        "unknown key model.optimizer.lrr (did you mean model.optimizer.lr?) (with model.optimizer.lrr=0.1)",
     ),
     "unknown key of another program": (
         [*FOREIGN, "--base=[]", "--fixed={}", grid(data__batch_sise=[16])],
@@ -279,6 +282,12 @@ MISTAKES = {
     "no function": (["--program=main:nix"], "program main:nix cannot be imported: AttributeError"),
     "broken program": (["--program=broken:main"], "program broken:main cannot be imported: SyntaxError"),
     "no CLI": (["--program=foreign:makes_none"], "program foreign:makes_none prints no config"),
+    "no subcommands": (["--program=foreign:has_no_fit"], "has no subcommand fit: omit run=False, or parse args[1:]"),
+    "__main__": (
+        ["--program=foreign:takes_any_model", "--base=[]", "--fixed={}", grid(model=["__main__.Line"])],
+        "__main__ is sweep.py here: write foreign.CLASS instead",
+    ),
+    "unguarded": (["--program=unguarded:main"], "program unguarded:main cannot be imported: SystemExit"),
     "path": (["--name=../x"], "is not the name of a folder"),
     "no name": (["--name="], "is not the name of a folder"),
     "no configs": (["--config=nix.yaml"], "nix.yaml"),
@@ -302,6 +311,7 @@ def test_a_mistake_gets_a_line_and_leaves_nothing(args, message, foreign, capfd)
     Path("over.yaml").write_text("modle: {a: 1}\n")
     Path("odd.yaml").write_text("[1]")
     Path("broken.py").write_text("def main(:\n")
+    Path("unguarded.py").write_text("from foreign import main\nmain()\n")
     os.mkdir("some")
     assert message in error_of(capfd, *settings(foreign), *args)
     assert not Path("logs").exists()
@@ -330,11 +340,81 @@ def test_a_foreign_program_is_swept(foreign, capfd):
     assert all(float(results[i]["loss"]) < float(results[2 + i]["loss"]) for i in range(2))
     for row in results:
         run = SWEEP / row["name"]
-        assert (run / json.loads((run / "metrics.json").read_text())["best_checkpoint"]).is_file()
+        assert json.loads((run / "metrics.json").read_text())["best_checkpoint"] is None  # nothing is monitored
         assert yaml.safe_load((run / "config.yaml").read_text())["data"]["batch_size"] == int(row["data.batch_size"])
     best = min(results, key=lambda row: float(row["loss"]))
     first = capfd.readouterr().out.partition("\nrun ")[2].splitlines()[1].split()
     assert first[0] == best["name"][:3] and f"{float(best['loss']):.4f}" in first
+
+
+def test_metrics_are_those_of_the_best_checkpoint_or_else_of_the_last_epoch(foreign):
+    best = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "loss"}}  # one class, not a list
+    args = ["--program=foreign:evaluates", *FOREIGN[1:], "--fixed.model.lr=4", grid(trainer__callbacks=[best, None])]
+    assert sweep.main(args) == 0  # the loss rises
+    names = [("epoch=0-step=4.ckpt", "epoch=0-step=4.ckpt"), ("epoch=1-step=8.ckpt", "last epoch")]
+    for row, expected in zip(rows(), names):
+        (checkpoint,) = (SWEEP / row["name"]).rglob("*.ckpt")
+        assert (checkpoint.name, row["metrics_of"]) == expected
+        (weight,) = torch.load(checkpoint, weights_only=True)["state_dict"].values()
+        loss = torch.linspace(weight.item() - 3, 3 - weight.item(), 64).square().mean().item()
+        assert float(row["loss"]) == pytest.approx(loss, 1e-4) and row["test_loss"] == row["loss"]
+
+
+def test_a_metric_of_an_earlier_epoch_is_not_one_of_the_last(foreign, capfd):
+    options = ["--fixed.trainer.max_epochs=3", "--fixed.trainer.check_val_every_n_epoch=2"]
+    line = error_of(capfd, *FOREIGN, *options, grid(model__lr=[0.1]))
+    assert "no run has the metric loss; known: epochs, seconds" in line
+
+
+def test_a_run_of_main_that_is_not_evaluated_has_the_metrics_of_its_last_epoch(folder):
+    assert sweep.main(settings(folder, grid={"evaluate_best": [False]})) == 0
+    (row,) = rows()
+    assert row["metrics_of"] == "last epoch" and float(row["val/loss"]) > 0 and "test/loss" not in row
+
+
+ODD = """
+import sys
+sys.path.append("src")
+import torch, extra
+from foreign import DataLoader, Line, LightningCLI, Points
+print("a: 1")
+
+class Dataset:
+    def __init__(self):
+        self.read = lambda index: (torch.ones(1), torch.ones(1))
+    def __len__(self):
+        return 8
+    def __getitem__(self, index):
+        return self.read(index)
+
+class Data(Points):
+    def train_dataloader(self):
+        return DataLoader(Dataset(), 4, num_workers=2)
+    val_dataloader = train_dataloader
+
+def main():
+    print("b: 2")
+    return LightningCLI(Line, Data, trainer_defaults={"max_epochs": 1, "accelerator": "cpu"})
+"""
+
+
+def test_a_program_may_print_extend_sys_path_have_no_parameter_and_use_workers_and_a_lambda(foreign):
+    Path("odd.py").write_text(ODD)
+    os.mkdir("src")
+    Path("src/extra.py").touch()
+    assert sweep.main(["--program=odd:main", *FOREIGN[1:], grid(model__lr=[0.1])]) == 0
+    assert "seed_everything" in yaml.safe_load((SWEEP / "configs/000-lr=0.1.yaml").read_text())
+
+
+def test_the_program_of_the_docs_is_swept_as_printed(folder):
+    text = (REPO / "docs/sweeps.md").read_text()
+    ((name, code),) = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", text, re.DOTALL)
+    (command,) = re.findall(r"^python CLONE/sweep\.py (.*)", text, re.MULTILINE)
+    Path(name).write_text(code)
+    assert sweep.main(shlex.split(command)) == 0
+    results = rows(Path("logs/sweeps/line"))
+    assert [row["metrics_of"] for row in results] == ["epoch=2-step=12.ckpt"] * 2
+    assert all(row["val_loss"] == row["test_loss"] for row in results)
 
 
 def test_a_program_may_write_its_own_metrics_and_config(foreign):
@@ -365,10 +445,13 @@ def test_failed_runs_are_named_and_the_rest_is_run(foreign, capfd):
     assert len(trained()) == 8
 
 
-def test_a_program_that_returns_nothing_is_named_in_the_log(foreign):
-    assert sweep.main(["--program=foreign:forgets", "--metric=loss", "--name=tiny", grid(model__lr=[0.1])]) == 1
-    message = "error: program foreign:forgets must return its LightningCLI; it returned None"
-    assert message in (SWEEP / "000-lr=0.1/output.log").read_text()
+FAULTS = {"forgets": "must return its LightningCLI; it returned None", "exits": "exits, but must return its Light"}
+
+
+@pytest.mark.parametrize("function, fault", FAULTS.items())
+def test_a_program_that_does_not_return_its_cli_is_named(function, fault, foreign, capfd):
+    assert sweep.main([f"--program=foreign:{function}", "--metric=loss", "--name=tiny", grid(model__lr=[0.1])]) == 1
+    assert f"failed: 000-lr=0.1: program foreign:{function} {fault}" in capfd.readouterr().out
 
 
 def test_a_fault_of_all_runs_stops_the_sweep(foreign, capfd):

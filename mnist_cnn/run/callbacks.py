@@ -22,8 +22,10 @@ from mnist_cnn.run.loggers import log_histograms
 class ModelGraph(Callback):
     """Logs the graph of the net to TensorBoard, traced with the first image of the first training batch."""
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step or batch_idx or not trainer.is_global_zero:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.current_epoch or batch_idx or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -65,8 +67,11 @@ class Histograms(Callback):
             self._unhook()
 
     def _keep_output(self, name: str, module: Any, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            self._outputs[name] = output.detach()
+        if not isinstance(output, Tensor):
+            return
+        same = any(isinstance(it, Tensor) and it.data_ptr() == output.data_ptr() for it in inputs)
+        if not same or getattr(module, "inplace", False):  # Flatten's output is its input
+            self._outputs[name] = output.detach().clone()  # the next layer may work in place
 
     def _unhook(self) -> None:
         for hook in self._hooks:
@@ -83,7 +88,7 @@ class EpochProgressBar(TQDMProgressBar):
     def init_validation_tqdm(self) -> tqdm:
         return tqdm(disable=True)  # it takes half a second
 
-    init_test_tqdm = init_validation_tqdm
+    init_sanity_tqdm = init_test_tqdm = init_validation_tqdm
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)

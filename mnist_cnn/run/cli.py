@@ -1,5 +1,6 @@
 """ExperimentCLI: LightningCLI and what a whole experiment needs around a fit, in the order in which it happens."""
 
+import copy
 import itertools
 import os
 import signal
@@ -15,6 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -22,9 +24,10 @@ from mnist_cnn.run.callbacks import Histograms, ModelGraph, PredictionWriter
 from mnist_cnn.run.errors import Parser, UserError, fail
 from mnist_cnn.run.experiment import Experiment
 from mnist_cnn.run.files import AtomicCheckpointIO
-from mnist_cnn.run.folder import best_checkpoint, check_checkpoint, create_run, discard, find_checkpoint, write_metrics
+from mnist_cnn.run.folder import best_checkpoint, create_run, discard, find_checkpoint, read_checkpoint, write_metrics
+from mnist_cnn.run.guards import MonitoredMetrics, check_callbacks, check_resume
 from mnist_cnn.run.libraries import NoProfiler, silence_libraries
-from mnist_cnn.run.loggers import RunFolderTensorBoard, finish_wandb, start_wandb
+from mnist_cnn.run.loggers import RunFolderTensorBoard, finish_wandb, log_result, start_wandb
 from mnist_cnn.run.pictures import TestPictures
 from mnist_cnn.run.stop import StopBySignal
 
@@ -102,13 +105,15 @@ class ExperimentCLI(LightningCLI):
         self.settings = {**self.config_dump, "ckpt_path": None, "run_dir": None}
         # With its settings in the checkpoint, load_from_checkpoint needs nothing else.
         model, instantiator = self.settings["model"], "lightning.pytorch.cli.instantiate_module"
-        hparams = model.get("init_args", {}) | {"_class_path": model["class_path"], "_instantiator": instantiator}
-        self.model.save_hyperparameters(hparams, logger=False)
+        self.hparams = model.get("init_args", {}) | {"_class_path": model["class_path"], "_instantiator": instantiator}
+        self.model.save_hyperparameters(self.hparams, logger=False)
+        if self.datamodule:  # W&B gets the complete config, and names in both would be a conflict
+            self.datamodule.save_hyperparameters({}, logger=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the named callbacks and loggers to the trainer's own."""
         config = self.config_init[self.subcommand]
-        given, loggers = config.trainer.callbacks, config.trainer.logger
+        given, loggers = config.trainer.callbacks or [], config.trainer.logger
         given = given if isinstance(given, list) else [given]
         if loggers in (None, True):  # an evaluation prints its numbers
             loggers = [config[name] for name in LOGGERS if config[name] and self.subcommand == "fit"]
@@ -118,7 +123,11 @@ class ExperimentCLI(LightningCLI):
             config.checkpoint = config.last_checkpoint = None
         if config.trainer.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in given):
             config.progress_bar = None
-        callbacks = [callback for callback in (*given, *(config[name] for name in CALLBACKS), self.stop) if callback]
+        named = {name: config[name] for name in CALLBACKS if config[name]}
+        check_callbacks(given, named)
+        # Callbacks that average weights keep those of the end of fit; an evaluation gets copies that have none yet.
+        self.evaluation_callbacks = [*copy.deepcopy(given), *named.values(), self.stop]
+        callbacks = [*given, *named.values(), MonitoredMetrics(), self.stop]
         kwargs |= {"logger": loggers, "callbacks": callbacks, "enable_checkpointing": True}  # for StopBySignal
         kwargs["plugins"] = config.trainer.plugins or AtomicCheckpointIO()
         kwargs["profiler"] = config.trainer.profiler or NoProfiler()
@@ -127,12 +136,19 @@ class ExperimentCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Checks the checkpoint, creates the folder of a fit, and starts the loggers."""
-        self.start = time.monotonic()
+        self.start, self.epochs_before = time.monotonic(), 0
         trainer, config = self.trainer, self.config[self.subcommand]
+        if "MultiProcessing" in type(trainer.strategy.launcher).__name__:
+            raise UserError("forked or spawned processes do not share a run: give --trainer.strategy=ddp")
         if config.ckpt_path is not None and "://" not in config.ckpt_path:
-            check_checkpoint(config.ckpt_path, self.model, config.weights_only, resume=self.subcommand == "fit")
+            checkpoint = read_checkpoint(config.ckpt_path, self.model, config.weights_only)
+            if self.subcommand == "fit":
+                self.epochs_before = check_resume(config.ckpt_path, checkpoint, trainer, self.hparams)
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
+        print(describe_device(trainer))
+        if config.ckpt_path is not None:
+            print(f"checkpoint: {config.ckpt_path}")
         if self.subcommand == "fit":
             resumed = f"# resumed from {config.ckpt_path}\n" if config.ckpt_path else ""
             content = resumed + yaml.dump(self.settings, Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True)
@@ -153,23 +169,27 @@ class ExperimentCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Validates and tests the best checkpoint, prints its metrics and writes them to metrics.json."""
-        trainer, config = self.trainer, self.config_init.fit
-        if trainer.fast_dev_run or not config.evaluate_best:  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
+        config = self.config_init.fit
+        if trainer.fast_dev_run or not config.evaluate_best:
             return
         seconds, epochs, best = time.monotonic() - self.start, trainer.current_epoch, best_checkpoint(trainer)
         metrics: dict[str, float] = {}
+        fitted, loggers = trainer.callbacks, trainer.loggers
+        trainer.callbacks, trainer.loggers = self.evaluation_callbacks, [DummyLogger()]  # val/loss is logged already
         for evaluate, step in ((trainer.validate, "validation_step"), (trainer.test, "test_step")):
             if is_overridden(step, self.model):
                 for result in evaluate(self.model, None, best, False, self.datamodule, config.weights_only):
                     metrics |= result
+            trainer.loggers = loggers
+        trainer.callbacks = fitted
         if self.run:
             for name, value in metrics.items():
                 print(f"{name:10} {value:.4f}")
-            print(f"{epochs} epoch{'s' * (epochs != 1)} in {seconds:.0f} s: {self.run}")
-            for logger in trainer.loggers:
-                if isinstance(logger, RunFolderTensorBoard):
-                    logger.log_result(self.settings, metrics)
-            write_metrics(self.run, trainer, metrics, seconds)
+            new = f" ({epochs - self.epochs_before} of them new)" if self.epochs_before else ""
+            print(f"{epochs} epoch{'s' * (epochs != 1)}{new} in {seconds:.0f} s: {self.run}")
+            log_result(trainer, self.settings, metrics)
+            write_metrics(self.run, trainer, metrics, seconds, best)
 
     def report(self, error: BaseException) -> None:
         """Exits with one line if a signal has stopped the run, or if the error is a user's mistake."""
@@ -196,8 +216,20 @@ class ExperimentCLI(LightningCLI):
         if status and self.trainer.strategy.launcher:
             self.trainer.strategy.launcher.kill(signal.SIGKILL)  # other processes would wait for this one
         finish_wandb(status, keep)
+        self.trainer.loggers = [logger for logger in self.trainer.loggers if not isinstance(logger, WandbLogger)]
         if self.run and not keep:
             discard(self.run)
+
+
+def describe_device(trainer: Trainer) -> str:
+    """Where a trainer computes, such as `on cuda:0, NVIDIA H100` or `on cpu, 1 thread`."""
+    device, threads, processes = trainer.strategy.root_device, torch.get_num_threads(), trainer.world_size
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' * (threads != 1)}"
+    unused = device.type == "cpu" and torch.accelerator.is_available()
+    hint = "; there is a GPU: --trainer.accelerator=gpu uses it" if unused else ""
+    return (
+        f"on {device}, {name}{hint}" if processes == 1 else f"{processes} processes, this one on {device}, {name}{hint}"
+    )
 
 
 def with_subcommand(args: list[str]) -> list[str]:

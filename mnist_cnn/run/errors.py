@@ -2,15 +2,17 @@
 
 import difflib
 import inspect
+import itertools
+import os
 import pydoc
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
@@ -18,10 +20,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-# A config may name nets and callbacks, not os.system.
-set_parsing_settings(import_path_denylist=[], instantiate_subclass_spec_in_any=False)
 # Lines of jsonargparse's messages that say where it looked, not what is wrong.
 NOISE = re.compile(r"Expected a path but|Does not|Subtypes|Errors|Expected (a )?<class 'None|Problem|Given value")
+
+
+UNSERIALIZABLE = "Unable to serialize instance"  # jsonargparse's text in place of a value
 
 
 class UserError(Exception):
@@ -34,26 +37,84 @@ def fail(message: str, status: int = 1) -> NoReturn:
     sys.exit(status)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean X?)` with the most similar of the known names; empty if none is similar."""
-    return "".join(f" (did you mean {match}?)" for match in difflib.get_close_matches(name, list(known), n=1))
+def nearest(name: str, known: Iterable[str], key: str = "{}") -> str:
+    """` (did you mean X?)` with the most similar of the known names, within its key; empty if none is similar."""
+    return "".join(f" (did you mean {key.format(it)}?)" for it in difflib.get_close_matches(name, list(known), n=1))
+
+
+def load_yaml(text: str) -> Any:
+    """Reads YAML as jsonargparse does, and raises a UserError if a key is repeated: only its last value would count."""
+    nodes: list[Any] = [yaml.compose(text, yaml.CSafeLoader)]
+    for node in nodes:  # grows while it is walked
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value]
+            for index, (key, _) in enumerate(node.value):
+                if key.value in keys[:index]:
+                    raise UserError(f"line {key.start_mark.line + 1} repeats the key {key.value}")
+            nodes += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+    return convert(read_yaml(text))
+
+
+def convert(value: Any) -> Any:
+    """A config in which None is null and ~/ the home folder, without values that jsonargparse could not serialize."""
+    if isinstance(value, dict):
+        return {key: convert(item) for key, item in value.items() if not str(item).startswith(UNSERIALIZABLE)}
+    if isinstance(value, list):
+        return [convert(item) for item in value]
+    if isinstance(value, str) and "${" in value:
+        raise UserError(f"{value}: nothing replaces ${{...}}, write the value itself")
+    return None if value == "None" else os.path.expanduser(value) if str(value).startswith("~/") else value
+
+
+read_yaml = get_loader("yaml")
+
+
+def set_parsing(own: bool) -> None:
+    """Sets how the parsers of this process read values: as this project's do, or those of other programs."""
+    # A config may name nets and callbacks, not os.system.
+    set_parsing_settings(import_path_denylist=[], instantiate_subclass_spec_in_any=not own)
+    set_loader("yaml", load_yaml if own else read_yaml, (yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):
-    """LightningArgumentParser whose errors are one line."""
+    """LightningArgumentParser whose errors are one line, and whose options override config files wherever they are."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        set_parsing(own=True)
         super().__init__(*args, allow_abbrev=False, **kwargs)  # --trainer.max_epoch is not short for max_epochs
 
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Moves config files to the front, so that options override them; None and ~/ mean what they do in a file."""
+        files: list[str] = []
+        options: list[str] = []
+        rest = iter(sys.argv[1:] if args is None else args)
+        for arg in rest:
+            key, value = re.match(r"(--[^=]+=)?(.*)", arg, re.DOTALL).groups("")  # type: ignore[union-attr]
+            if arg in ("--config", "-c"):
+                files += [arg, *itertools.islice(rest, 1)]
+            else:
+                (files if key == "--config=" else options).append(key + (convert(value) or "null" * bool(value)))
+        start = bool(options) and not options[0].startswith("-")  # a subcommand stays in front
+        return super().parse_args([*options[:start], *files, *options[start:]], *more, **kwargs)
+
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
-        """Checks that a config file is YAML with settings; jsonargparse would not name the file."""
+        """Checks a config file; jsonargparse would not name it."""
         try:
-            content = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.CSafeLoader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"config file {path} is not valid YAML: {error}") from error
+            content = load_yaml(Path(path).read_text(encoding="utf-8"))
+        except (UserError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"config file {path}: {error}") from error
         if not isinstance(content, dict):
             raise UserError(f"config file {path} has no settings (key: value)")
         return super().parse_path(path, *args, **kwargs)
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
+        """Leaves out what YAML cannot hold, such as a torch.device; it can only be a default."""
+        text = super().dump(*args, **kwargs)
+        if UNSERIALIZABLE not in text:
+            return text
+        return yaml.dump(convert(yaml.load(text, yaml.CSafeLoader)), Dumper=yaml.CSafeDumper, sort_keys=False)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a nested parser; the outer one reports the error
@@ -69,8 +130,11 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         name = unknown[1] or unknown[2]
         if classes := re.findall(r"class_path[= ]'([\w.]+)'", message):
             known = inspect.signature(pydoc.locate(classes[-1])).parameters  # type: ignore[arg-type]
-        # An argument of a class may follow the misspelt name: --early_stoping.patience.
-        return f"unknown key {key}{key and '.'}{name}{nearest(name, known) or nearest(name.split('.')[0], known)}"
+        prefix, (first, dot, rest) = key and f"{key}.", name.partition(".")
+        whole = not dot or first in {each.partition(".")[0] for each in known}  # not --early_stoping.patience
+        similar = nearest(name if whole else first, known, prefix + ("{}" if whole else f"{{}}.{rest}"))
+        order = "; an option that chooses its class must stand before it" if key else ""
+        return f"unknown key {prefix}{name}{similar or order}"
     lines = re.split(r"\n[ -]*|Type typing\..* class: |Parser key \S+: ?|\. Got value: ", message)
     reason = next((line for line in lines if line.strip() and not NOISE.match(line)), message)
     if missing := re.search(r"dot import path string: (\S+)", reason):

@@ -54,23 +54,14 @@ class Experiment(LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step" if per_step else "epoch", "monitor": monitor}]
 
     def on_train_start(self) -> None:
-        """Checks that the schedule lasts until the end of training, and that there is a validation to monitor."""
+        """Checks that the schedule lasts until the end of training."""
         trainer: Any = self.trainer
         self._window = self.global_step // max(1, trainer.log_every_n_steps)
-        schedules = trainer.lr_scheduler_configs
-        for config in schedules:
+        for config in trainer.lr_scheduler_configs:
             planned = getattr(config.scheduler, "total_steps", None)  # a checkpoint may have restored it
             if planned and planned < trainer.estimated_stepping_batches < math.inf:
                 steps = f"the schedule is for {planned} steps, training makes {trainer.estimated_stepping_batches}"
                 raise UserError(f"{steps}: leave total_steps out, or resume with the same number of epochs")
-        if sum(trainer.num_val_batches) or (trainer.val_dataloaders is None and trainer.limit_val_batches):
-            return  # there is a validation, or it is not known yet
-        monitors = [("early_stopping", callback.monitor) for callback in trainer.early_stopping_callbacks]
-        monitors += [("checkpoint", getattr(callback, "monitor", None)) for callback in trainer.checkpoint_callbacks]
-        monitors += [("model.lr_scheduler", config.monitor) for config in schedules if config.reduce_on_plateau]
-        for name, monitor in monitors:
-            if str(monitor).startswith("val"):
-                raise UserError(f"{name} monitors {monitor}, but there is no validation: give --{name}=null")
 
     def on_train_epoch_start(self) -> None:
         """Seeds dropout and the like by seed, epoch and process, so that a resumed run repeats an epoch exactly."""

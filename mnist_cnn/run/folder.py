@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from mnist_cnn.run.config import flatten
 from mnist_cnn.run.errors import UserError
 from mnist_cnn.run.files import write_atomically
 
@@ -63,30 +62,41 @@ def best_checkpoint(trainer: Trainer) -> str | None:
     return min(saved, key=lambda callback: not callback.monitor).best_model_path if saved else None
 
 
-def write_metrics(run_dir: Path, trainer: Trainer, metrics: dict[str, float], seconds: float) -> None:
-    """Writes metrics.json, which marks a run as finished."""
-    best = best_checkpoint(trainer)
+def write_metrics(run_dir: Path, trainer: Trainer, metrics: dict[str, float], seconds: float, best: str | None) -> None:
+    """Writes metrics.json, which marks a run as finished, with the metrics of its best checkpoint."""
     path = best and os.path.relpath(best, run_dir)
     content = metrics | {"epochs": trainer.current_epoch, "seconds": seconds, "best_checkpoint": path}
     with write_atomically(run_dir / "metrics.json") as file:
         json.dump(content, file, indent=2)
 
 
+def run_of(config: Path) -> Path | None:
+    """The folder of the run to which a config file belongs: a run's config.yaml, or one that sweep.py has written."""
+    content = config.read_text(encoding="utf-8")
+    if config.name == "config.yaml" and "\nrun_dir:" in content:
+        return config.parent
+    return config.parents[1] / config.stem if content.startswith("# swept: ") else None
+
+
 def find_checkpoint(root: Path, config_files: list[Path], which: str) -> str:
-    """The best or last checkpoint of the run whose config.yaml was given, or else of the newest run in `root`."""
+    """The best or last checkpoint of the run whose config is given; if there is none, of the newest run in `root`."""
     last = "checkpoints/last.ckpt" if which == "last" else "checkpoints"  # a killed run may have no last.ckpt
-    runs = [run for run in (*versions(root), *(file.parent for file in config_files)) if (run / last).exists()]
-    if not runs:
+    given = [run for file in config_files if (run := run_of(file.resolve()))]
+    if not (runs := given or [run for run in versions(root) if (run / last).exists()]):
         raise UserError(f"there is no run with a checkpoint in {root}: run fit first, or give --ckpt_path=FILE")
-    if which == "last":
-        return str(runs[-1] / last)
-    if not (metrics := runs[-1] / "metrics.json").exists():
-        raise UserError(f"{runs[-1]} has no metrics.json, it did not finish: give --ckpt_path=last, or a file")
-    return str(runs[-1] / json.loads(metrics.read_text())["best_checkpoint"])
+    run, best = runs[-1], None
+    if which == "best":
+        if not (metrics := run / "metrics.json").exists():
+            raise UserError(f"{run} has no metrics.json, it did not finish: give --ckpt_path=last, or a file")
+        best = json.loads(metrics.read_text())["best_checkpoint"]
+    path = run / (last if which == "last" else best or "checkpoints")
+    if not path.is_file():
+        raise UserError(f"{run} has no {which} checkpoint ({path}): give --ckpt_path=FILE")
+    return str(path)
 
 
-def check_checkpoint(path: str, model: LightningModule, weights_only: bool | None, resume: bool) -> None:
-    """Checks that a checkpoint fits the model and, to resume, has the model's settings, which Lightning would keep."""
+def read_checkpoint(path: str, model: LightningModule, weights_only: bool | None) -> dict[str, Any]:
+    """Reads a checkpoint and checks that it fits the model."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
         model.load_state_dict(checkpoint["state_dict"])
@@ -95,15 +105,7 @@ def check_checkpoint(path: str, model: LightningModule, weights_only: bool | Non
     except Exception as error:  # torch raises many kinds, with up to a line for each parameter
         reason = " ".join(str(error).splitlines()[:2])
         raise UserError(f"checkpoint {path} cannot be loaded with this config: {reason}") from error
-    if not resume:
-        return
-    if not checkpoint.get("optimizer_states"):
-        raise UserError(f"checkpoint {path} has weights only: training cannot be resumed from it")
-    saved, given = flatten(checkpoint.get("hyper_parameters")), flatten(dict(model.hparams))
-    for key in {**saved, **given} if "hyper_parameters" in checkpoint else ():
-        if saved.get(key) != given.get(key):
-            name = ".".join(part for part in ("model", *key) if part not in ("init_args", "class_path"))
-            raise UserError(f"{path} has {name}={saved.get(key)}, not {given.get(key)}: a resumed run keeps this")
+    return checkpoint
 
 
 def keep_best_checkpoints(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -111,17 +113,19 @@ def keep_best_checkpoints(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     for early_stopping in trainer.early_stopping_callbacks:  # Lightning would restore the checkpoint's patience
         checkpoint["callbacks"].get(early_stopping.state_key, {})["patience"] = early_stopping.patience
     paths = ("best_model_path", "last_model_path", "kth_best_model_path")
-    old = Path(str(trainer.ckpt_path)).parent
     for callback in trainer.checkpoint_callbacks:
         state = checkpoint["callbacks"].get(callback.state_key)
         if not (isinstance(callback, ModelCheckpoint) and state):
             continue
-        new, scores = Path(str(callback.dirpath)), state["best_k_models"]
-        kept = [path for path in (*scores, *(state[name] for name in paths)) if (old / Path(path).name).is_file()]
-        moved = {path: str(new / Path(path).name) for path in kept}
-        if trainer.is_global_zero and old.resolve() != new.resolve():
-            new.mkdir(parents=True, exist_ok=True)
-            for path in kept:
-                shutil.copyfile(old / Path(path).name, moved[path])
-        state["best_k_models"] = {moved[path]: score for path, score in scores.items() if path in moved}
-        state |= {name: moved.get(state[name], "") for name in paths} | {"dirpath": str(new)}
+        moved = {"": ""}
+        for path in {*state["best_k_models"], *(state[name] for name in paths)} - {""}:
+            name = os.path.relpath(path, state["dirpath"])  # the whole folder may have been moved
+            old, new = Path(str(trainer.ckpt_path)).parent / name, Path(str(callback.dirpath), name)
+            old = old if old.is_file() else Path(path)
+            if old.is_file() and trainer.is_global_zero and old.resolve() != new.resolve():
+                new.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(old, new)
+            if old.is_file():
+                moved[path] = str(new)
+        state["best_k_models"] = {moved[path]: score for path, score in state["best_k_models"].items() if path in moved}
+        state |= {name: moved.get(state[name], "") for name in paths} | {"dirpath": str(callback.dirpath)}

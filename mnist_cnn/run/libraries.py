@@ -11,6 +11,7 @@ WARNINGS = (
     r"`torch.jit.\w+` is deprecated|`isinstance\(treespec, LeafSpec\)` is deprecated"  # within torch and Lightning
     r"|The '\w+' does not have many workers"  # the images are in memory
     r"|torch.distributed.nn.functional.all_gather is deprecated|Total length of `\w+` across ranks is zero"
+    r"|You're using the WeightAveraging callback, but loading|\s*Unable to serialize instance"
     r"|The `srun` command is available|Be aware that when using `ckpt_path`|LightningCLI's args parameter"
 )
 

@@ -51,7 +51,8 @@ class StopBySignal(Checkpoint):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an exception if Ctrl-C ends a worker, too
         if not (first and self._in_training):
             raise SystemExit(128 + number)
-        os.write(2, b"stopping after this step; press Ctrl-C again to quit now\n")
+        newline = "\n" * os.isatty(2)  # behind the progress bar and ^C
+        os.write(2, f"{newline}stopping after this step; press Ctrl-C again to quit now\n".encode())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._install_handlers()  # instead of Lightning's

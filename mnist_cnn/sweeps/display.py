@@ -21,6 +21,12 @@ def sort_runs(runs: list[Run], metric: str, mode: str) -> list[Run]:
     return sorted(runs, key=lambda run: (sign * run.metrics.get(metric, sign * math.inf), run.name))
 
 
+def show_metric(value: float | None, key: str = "") -> str:
+    """A metric as tables show it: whole epochs and seconds, four decimals of others, four digits of small ones."""
+    decimals = ".0f" if key in ("epochs", "seconds") else ".4g" if value and abs(value) < 0.001 else ".4f"
+    return "" if value is None else f"{value:{decimals}}"
+
+
 class Display:
     """One line per run and, on a terminal, a last line that is redrawn: the sweep's progress and the current run."""
 
@@ -46,15 +52,15 @@ class Display:
         count, parts = f"[{done:{len(str(len(runs)))}}/{len(runs)}]", []
         if states["finished"]:
             best = sort_runs(runs, self.metric, self.mode)[0]
-            parts.append(f"best {best.metrics.get(self.metric, math.nan):.4f} ({run_number(best.name)})")
+            parts.append(f"best {show_metric(best.metrics.get(self.metric))} ({run_number(best.name)})")
         if self.ended and done < len(runs):
             seconds = (time.time() - self.start) / self.ended * (len(runs) - done)
             parts.append(f"{timedelta(seconds=round(seconds))} left")
         if states["failed"]:
             parts.append(f"{states['failed']} failed")
         if ended:
-            value = ended.metrics.get(self.metric, math.nan)
-            result = f"{self.metric} {value:.4f}" if ended.status == "finished" else f"{ended.status}: {ended.reason}"
+            value = show_metric(ended.metrics.get(self.metric))
+            result = f"{self.metric} {value}" if ended.status == "finished" else f"{ended.status}: {ended.reason}"
             self.say("  ".join([count, ended.name.ljust(max(len(run.name) for run in runs)), result, *parts]))
         bar = "\u2501" * (20 * done // len(runs))
         self.progress = "  ".join([f"{bar:20} {count}", *parts])
@@ -63,8 +69,7 @@ class Display:
         """Prints one row per run: number, swept values, metrics; rows are cut to the terminal's width."""
         labels, table, width = swept_labels(runs), [], shutil.get_terminal_size((200, 24)).columns
         for run in runs:
-            decimals = {key: 0 if key in ("epochs", "seconds") else 4 for key in run.metrics}
-            metrics = {key: f"{value:.{decimals[key]}f}" for key, value in run.metrics.items()}
+            metrics = {key: show_metric(value, key) for key, value in run.metrics.items()}
             table.append({"run": run_number(run.name)} | labels[run.name] | metrics)
         columns = list(dict.fromkeys(column for row in table for column in row))
         rows = [columns, *([row.get(column, "") for column in columns] for row in table)]

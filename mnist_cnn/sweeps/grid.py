@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -17,7 +18,7 @@ import torch
 import yaml
 
 from mnist_cnn.run.config import flatten
-from mnist_cnn.run.errors import UserError, explain
+from mnist_cnn.run.errors import UserError, explain, set_parsing
 from mnist_cnn.sweeps.ledger import Config, Run, changes
 
 Point = tuple[int, ...]  # the index of each axis's value
@@ -78,14 +79,16 @@ def swept_labels(runs: list[Run]) -> dict[str, dict[str, str]]:
 
 def import_program(program: str) -> Callable[[list[str]], Any]:
     """Imports the function that `module:function` names; the module may be in the working directory."""
-    if os.getcwd() not in sys.path:
+    module, _, name = program.partition(":")
+    if module not in sys.modules:
         sys.path.insert(0, os.getcwd())
-    module, _, function = program.partition(":")
+    set_parsing(own=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the threads of OpenMP, if the import started them, would block the runs that are forked
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, SyntaxError, AttributeError) as error:
+        function = getattr(importlib.import_module(module), name)
+        return function if inspect.signature(function).parameters else lambda args: function()
+    except (ImportError, SyntaxError, AttributeError, SystemExit) as error:
         raise UserError(f"program {program} cannot be imported: {type(error).__name__}: {error}") from error
     finally:
         torch.set_num_threads(threads)
@@ -93,16 +96,22 @@ def import_program(program: str) -> Callable[[list[str]], Any]:
 
 def print_config(program: str, args: list[str]) -> dict[str, Any]:
     """The complete config that the program's `fit --print_config` prints."""
-    function, output, errors = import_program(program), io.StringIO(), io.StringIO()
+    output, errors = io.StringIO(), io.StringIO()
+    sys.argv = [program, "fit", *args, "--print_config"]  # from which a LightningCLI without args reads
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            function(["fit", *args, "--print_config"])
+            import_program(program)(sys.argv[1:])
     except SystemExit as ended:
         if ended.code:
             message = re.split("^error: ", errors.getvalue(), flags=re.MULTILINE)[-1].strip()
+            if "arguments: fit" in message:
+                raise UserError(f"program {program} has no subcommand fit: omit run=False, or parse args[1:]") from None
+            if "module '__main__'" in message:
+                raise UserError(f"__main__ is sweep.py here: write {program.split(':')[0]}.CLASS instead") from None
             known = [".".join(key) for key in flatten(print_config(program, []))] if args else []
             raise UserError(explain(message or str(ended.code), known)) from None
-    if not isinstance(config := yaml.load(output.getvalue(), yaml.CSafeLoader), dict):
+    printed = re.split(r"^# lightning.*\n", output.getvalue(), flags=re.MULTILINE)[-1]  # after what the program prints
+    if not isinstance(config := yaml.load(printed, yaml.CSafeLoader), dict):
         raise UserError(f"program {program} prints no config: pass its arguments to LightningCLI(args=...)")
     return config
 

@@ -32,6 +32,7 @@ class Run:
     status: str = "pending"  # or finished, failed, interrupted, running
     reason: str = ""  # why it failed or was interrupted
     metrics: dict[str, float] = field(default_factory=dict)  # the numbers of metrics.json, if it is finished
+    metrics_of: str = ""  # the checkpoint whose metrics they are, or "last epoch"
 
 
 def lock(root: Path, name: str, timeout: float = -1) -> Any:
@@ -47,7 +48,7 @@ def read_run(root: Path, name: str, metric: str) -> Run:
         content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         metrics = {key: value for key, value in content.items() if isinstance(value, int | float)}
         if math.isfinite(metrics.get(metric, 0)):
-            return Run(name, swept, "finished", metrics=metrics)
+            return Run(name, swept, "finished", "", metrics, Path(content.get("best_checkpoint") or "last epoch").name)
         return Run(name, swept, "failed", f"diverged: {metric} is {metrics[metric]}")
     if (folder / "status.json").exists():
         return Run(name, swept, **json.loads((folder / "status.json").read_text(encoding="utf-8")))
@@ -117,7 +118,7 @@ def write_results(root: Path, runs: list[Run]) -> None:
     rows: list[dict[str, Any]] = []
     for run in runs:
         swept = {key: value if isinstance(value, str) else json.dumps(value) for key, value in run.swept.items()}
-        rows.append({"name": run.name, "status": run.status, **swept, **run.metrics})
+        rows.append({"name": run.name, "status": run.status, **swept, "metrics_of": run.metrics_of, **run.metrics})
     with write_atomically(root / "results.csv") as file:
         writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
         writer.writeheader()

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import Timeout
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from mnist_cnn.run.errors import fail
 from mnist_cnn.run.folder import write_metrics
@@ -71,7 +73,7 @@ def execute(sweep: Sweep, name: str, display: Display) -> Run:
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(exist_ok=True)
     (log := run / "output.log").touch()
-    process = CONTEXT.Process(target=run_alone, args=(run, sweep.program))
+    process = CONTEXT.Process(target=run_alone, args=(run.absolute(), sweep.program))
     process.start()
     while process.is_alive():
         display.show(f"{run_number(name)}  {last_line(log)}")
@@ -85,9 +87,39 @@ def execute(sweep: Sweep, name: str, display: Display) -> Run:
         process.join(0.25)
     if not (run / "metrics.json").exists():
         reason = last_line(log) if process.exitcode >= 0 else f"killed by {signal.Signals(-process.exitcode).name}"
+        reason = reason if process.exitcode else f"program {sweep.program} exits, but must return its LightningCLI"
         outcome = ("interrupted", "stopped by Ctrl-C or a signal") if sweep.interrupts else ("failed", reason)
         write_status(sweep.root, name, *outcome)
     return read_run(sweep.root, name, sweep.metric)
+
+
+class Recorder(Callback):
+    """Keeps the metrics of each step of fit, and of evaluations after it; Lightning keeps the last value of each."""
+
+    def __init__(self) -> None:
+        self.records: dict[int, dict[str, float]] = {}  # step of the weights -> metrics
+        self.seen: dict[str, Any] = {}
+
+    def on_validation_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        fitting, logged = trainer.state.fn == "fit", dict(trainer.callback_metrics)
+        new = {name: value.item() for name, value in logged.items() if value is not self.seen.get(name)}
+        step = trainer.global_step if fitting else self.step(trainer, trainer.ckpt_path)
+        old, self.seen = self.records.get(step, {}), logged
+        self.records[step] = old | new if fitting else new | old  # of two with one name, that of fit counts
+
+    on_train_epoch_start = on_train_end = on_test_end = on_save_checkpoint = on_validation_end  # type: ignore
+
+    def step(self, trainer: Any, checkpoint: str | None) -> int:
+        """The step of a checkpoint; None: of the weights at the end of fit."""
+        return torch.load(checkpoint, weights_only=False)["global_step"] if checkpoint else trainer.global_step
+
+    def result(self, trainer: Any) -> tuple[dict[str, float], str | None]:
+        """The metrics of the best checkpoint by a monitored metric, and its path; else of the last step, and None."""
+        callbacks = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor)
+        best = next((c.best_model_path for c in callbacks if os.path.isfile(c.best_model_path)), None)
+        return self.records.get(self.step(trainer, best), {}), best
 
 
 def run_alone(run: Path, program: str) -> None:
@@ -100,19 +132,21 @@ def run_alone(run: Path, program: str) -> None:
     for number in (1, 2):  # what C code and other processes print
         os.dup2(sys.stdout.fileno(), number)
     function, config = import_program(program), run.parent / "configs" / f"{run.name}.yaml"
-    option = "run_dir" if "\nrun_dir: " in config.read_text(encoding="utf-8") else "trainer.default_root_dir"
-    args = ["fit", f"--config={config}", f"--{option}={run}"]
-    sys.argv = [str(sys.modules[function.__module__].__file__), *args]  # Lightning starts further processes with it
+    options, start = [f"--run_dir={run}"], time.monotonic()
+    if "\nrun_dir: " not in config.read_text(encoding="utf-8"):
+        options = [f"--trainer.default_root_dir={run}", f"--trainer.callbacks+={Recorder.__module__}.Recorder"]
+    sys.argv = [str(sys.modules[program.partition(":")[0]].__file__), "fit", f"--config={config}", *options]  # for DDP
     os.environ |= {"WANDB_RUN_GROUP": run.parent.name, "WANDB_NAME": run.name, "WANDB_PROGRAM": sys.argv[0]}
-    start = time.monotonic()
-    cli = function(args)
+    cli = function(sys.argv[1:])
     if not hasattr(cli, "trainer"):
         fail(f"program {program} must return its LightningCLI; it returned {cli!r}")
     if not (run / "config.yaml").exists():
         shutil.copy(config, run / "config.yaml")
     if not (run / "metrics.json").exists():
-        metrics = {key: value.item() for key, value in cli.trainer.callback_metrics.items()}
-        write_metrics(run, cli.trainer, metrics, time.monotonic() - start)
+        recorders = [callback for callback in cli.trainer.callbacks if isinstance(callback, Recorder)]
+        logged = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
+        metrics, best = recorders[0].result(cli.trainer) if recorders else (logged, None)
+        write_metrics(run, cli.trainer, metrics, time.monotonic() - start, best)
     if "wandb" in sys.modules:  # a forked process skips the exit handlers, with which W&B closes a run
         sys.modules["wandb"].finish()
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 
 from mnist_cnn.run.errors import Parser, UserError, fail
 from mnist_cnn.run.files import write_atomically
-from mnist_cnn.sweeps.display import sort_runs
+from mnist_cnn.sweeps.display import show_metric, sort_runs
 from mnist_cnn.sweeps.grid import swept_labels
 from mnist_cnn.sweeps.ledger import Run, read_runs, read_settings, run_number
 
@@ -43,6 +43,7 @@ def report(folder: Path) -> Path:
         for name, label in labels[run.name].items():
             values = groups.setdefault(name, {}).setdefault(label, [])
             values += [run.metrics[metric]] if metric in run.metrics else []
+    shares = {name: explained(*of_setting.values()) for name, of_setting in groups.items()}
     events = [read_events(folder / run.name) for run in finished]
     losses, verdict = compare_losses(events[0][0]) if finished else ({}, "")
     tag = next((tag for tag in ("val/loss", "val_loss") if any(tag in curves for curves, _ in events)), metric)
@@ -54,8 +55,9 @@ def report(folder: Path) -> Path:
         runs=ranked,
         finished=finished,
         labels=labels,
+        metrics=dict.fromkeys(key for run in ranked for key in run.metrics),
         groups=groups,
-        shares={name: explained(*of_setting.values()) for name, of_setting in groups.items()},
+        shares=sorted(shares.items(), key=lambda share: share[1] or 0, reverse=True),
         pictures=events[0][1] if finished else {},
         verdict=verdict,
         losses_plot=draw_curves(losses, "loss"),
@@ -65,6 +67,7 @@ def report(folder: Path) -> Path:
         missing=len(finished) - len(curves),
         plotly=offline.get_plotlyjs(),
         number=run_number,
+        show=show_metric,
     )
     with write_atomically(folder / "report.html") as file:
         file.write(page)
@@ -72,20 +75,17 @@ def report(folder: Path) -> Path:
 
 
 def read_events(run_dir: Path) -> tuple[dict[str, Curve], dict[str, str]]:
-    """Reads a run's TensorBoard events: tag -> curve of each scalar; tag -> last PNG of each picture, in base64."""
+    """Reads a run's TensorBoard events: tag -> finite values of a scalar; tag -> last PNG of a picture, in base64."""
     curves: dict[str, Curve] = {}
     pictures: dict[str, str] = {}
     for file in sorted(run_dir.rglob("events.out.tfevents.*")):
         # EventFileLoader would also convert the histograms, which doubles the time.
         for event in LegacyEventFileLoader(str(file)).Load():
             for value in event.summary.value:
-                if value.HasField("simple_value"):
+                if value.HasField("simple_value") and np.isfinite(value.simple_value):
                     curves.setdefault(value.tag, {})[event.step] = value.simple_value
                 elif value.HasField("image"):
                     pictures[value.tag] = base64.b64encode(value.image.encoded_image_string).decode()
-    for tag, curve in curves.items():
-        if tag.startswith("val") and max(curve) - 1 in curve:
-            curve.popitem()  # the best checkpoint's evaluation, one step after the last validation
     return curves, pictures
 
 
@@ -100,17 +100,24 @@ def compare_losses(curves: dict[str, Curve]) -> tuple[dict[str, Curve], str]:
         return {}, ""
     losses = {train: trained, val: {step: validated[step] for step in trained}}
     lowest, last = min(reversed(trained), key=validated.__getitem__), max(trained)
-    if trained[last] >= trained[lowest]:
-        return (losses, f"No sign of overfitting: since {val} was lowest, at step {lowest}, {train} did not fall.")
-    fell, rose = (f"from {curve[lowest]:.4f} to {curve[last]:.4f}" for curve in losses.values())
-    return losses, f"Sign of overfitting: since step {lowest}, {val} rose {rose} while {train} fell {fell}."
+    fell, rose = (f"from {show_metric(curve[lowest])} to {show_metric(curve[last])}" for curve in losses.values())
+    if validated[last] - validated[lowest] <= 0.01 * abs(validated[lowest]):
+        verdict = f"No sign of overfitting: {val} rose by less than 1 % since step {lowest}, where it was lowest."
+    elif trained[last] >= trained[lowest]:
+        verdict = f"No sign of overfitting: since {val} was lowest, at step {lowest}, {train} did not fall."
+    else:
+        verdict = f"Sign of overfitting: since step {lowest}, {val} rose {rose} while {train} fell {fell}."
+    gap = show_metric(validated[last] - trained[last])
+    return losses, f"{verdict} The gap at the end, {val} minus {train}, is {gap}."
 
 
-def explained(*groups: list[float]) -> float:
-    """The share of the variance that lies between groups: eta squared, the square of Pearson's correlation ratio."""
-    values = [value for group in groups for value in group]
-    means = [np.mean(group) for group in groups for _ in group]
-    return float(np.var(means) / np.var(values)) if len(set(values)) > 1 else 0.0
+def explained(*groups: list[float]) -> float | None:
+    """The share of the variance that groups explain: epsilon squared (Kelley 1935); None if each has one value."""
+    values, count = [value for group in groups for value in group], sum(map(bool, groups))
+    if count == len(values):
+        return None
+    within = sum(len(group) * np.var(group) for group in groups if group) / (len(values) - count)
+    return max(0.0, float(1 - within / np.var(values, ddof=1))) if len(set(values)) > 1 else 0.0
 
 
 def draw_parallel(runs: list[Run], labels: dict[str, dict[str, str]], metric: str, mode: str) -> go.Figure:
@@ -122,20 +129,23 @@ def draw_parallel(runs: list[Run], labels: dict[str, dict[str, str]], metric: st
         column = [labels[run.name].get(name, "") for run in runs]
         ticks = list(dict.fromkeys(column))
         positions = [ticks.index(label) for label in column]
-        axes.append({"label": name, "values": positions, "tickvals": [*range(len(ticks))], "ticktext": ticks})
+        shown = ticks[:: len(ticks) // 20 + 1]  # as many as are legible
+        axes.append({"label": name, "values": positions, "tickvals": [*map(ticks.index, shown)], "ticktext": shown})
     line = {"color": metrics, "colorscale": "Blues", "reversescale": mode == "min", "showscale": True}
     return go.Figure(go.Parcoords(dimensions=axes, line=line), LAYOUT | {"font_size": 18})
 
 
 def draw_curves(curves: dict[str, Curve], title: str) -> go.Figure:
     """Draws curves over the steps of training: the first one red and in front, others blue, the next darkest."""
-    positive = all(value > 0 for curve in curves.values() for value in curve.values())
-    axis = {"title": title, "type": "log" if positive else "linear", "tickformat": ".3~g"}
+    values = [value for curve in curves.values() for value in curve.values()]
+    is_log = 0 < 10 * min(values, default=0) < max(values, default=0)  # a short log axis would have no labels
+    axis = {"title": title} | ({"type": "log", "tickformat": ".3~g"} if is_log else {"exponentformat": "power"})
     figure = go.Figure(layout=LAYOUT | {"xaxis_title": "step", "yaxis": axis, "hoverlabel_namelength": -1})
     shades = colors.sample_colorscale("Blues", np.linspace(1, 0.2, len(curves)))
     for rank, (name, curve) in enumerate(curves.items()):
         line = {"color": shades[rank - 1], "width": 1.5} if rank else {"color": "#d62728", "width": 3}
-        figure.add_scatter(x=[*curve], y=[*curve.values()], name=name, mode="lines", line=line, zorder=-rank)
+        mode = "lines" if len(curve) > 1 else "markers"
+        figure.add_scatter(x=[*curve], y=[*curve.values()], name=name, mode=mode, line=line, zorder=-rank)
     return figure
 
 

@@ -1,15 +1,14 @@
-"""TensorBoard over two runs, as its server and a real browser show them."""
+"""TensorBoard over two runs and a run of a sweep, as its server and a real browser show them."""
 
 import contextlib
 import json
 import time
 
 import pytest
-from conftest import FIT, RUNS, main, metrics_of, tensorboard
+from conftest import FIT, main, metrics_of, tensorboard
 from selenium.common.exceptions import WebDriverException
 
-NAMES = ["version_0", "version_1"]
-METRICS = ["val/acc", "val/loss", "test/acc", "test/loss"]
+NAMES = ["mnist/version_0", "mnist/version_1", "sweeps/few/000-l1_chan=6"]
 WALK = """
 const found = []
 const walk = node => {
@@ -31,10 +30,10 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dashboards")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for l1_chan in (4, 8):
-            main([*FIT, "--wandb=null", f"--model.net.l1_chan={l1_chan}"])
-    with tensorboard(folder / RUNS) as (url, get):
-        yield url, get, folder / RUNS
+        for l1_chan, name in zip((4, 8, 6), NAMES):
+            main([*FIT, "--wandb=null", f"--model.net.l1_chan={l1_chan}", f"--run_dir=logs/{name}"])
+    with tensorboard(folder / "logs") as (url, get):
+        yield url, get, folder / "logs"
 
 
 def see(browser, url: str, enough, script: str = ALL_TEXT) -> list:
@@ -62,11 +61,13 @@ def test_hparams_begin_with_what_differs_and_have_the_metrics(server, browser):
     assert experiment["hparamInfos"][0]["name"] == "model.net.l1_chan"
     assert [info["differs"] for info in experiment["hparamInfos"]][:2] == [True, False]
     ask = {"allowedStatuses": ["STATUS_SUCCESS"], "colParams": [], "startIndex": 0, "sliceSize": 10}
-    for group in get("plugin/hparams/session_groups", ask)["sessionGroups"]:
-        name = group["sessions"][0]["name"].partition("/")[0]
+    groups = get("plugin/hparams/session_groups", ask)["sessionGroups"]
+    assert {group["name"]: group["hparams"]["model.net.l1_chan"] for group in groups} == dict(zip(NAMES, (4, 8, 6)))
+    for group in groups:
+        metrics = metrics_of(runs / group["name"])
         values = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
-        for metric in METRICS:
-            assert values[metric] == pytest.approx(metrics_of(runs / name)[metric], rel=1e-6)
+        for tag in ("best/val/acc", "best/val/loss", "test/acc", "test/loss"):
+            assert values[tag] == pytest.approx(metrics[tag.removeprefix("best/")], rel=1e-6)
     see(browser, f"{url}/#hparams", shows("l1_chan", *NAMES))
 
 
@@ -87,7 +88,7 @@ def test_histograms_have_the_names_of_the_layers(server, browser):
 
 def test_images_are_shown(server, browser):
     see(browser, f"{server[0]}/#images", shows("tag: test/confusion_matrix", "tag: test/worst_classified"))
-    widths = see(browser, f"{server[0]}/#images", lambda widths: len([w for w in widths if w]) == 4, ALL_PICTURES)
+    widths = see(browser, f"{server[0]}/#images", lambda widths: len([w for w in widths if w]) == 6, ALL_PICTURES)
     assert min(width for width in widths if width) >= 600
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_report import SWEEP, write_tiny
+from test_report import GRID, NAMES, SWEEP, write_events, write_run, write_tiny
 
 from mnist_cnn.sweeps.report import report
 
@@ -46,13 +46,23 @@ def test_plots_and_pictures_are_drawn(page):
     assert all(plot.find_elements("css selector", "svg.main-svg") for plot in (losses, parallel, curves))
     assert "train/loss" in losses.text and "val/loss" in losses.text
     shares = [float(meter.get_property("value")) for meter in page.find_elements("css selector", "meter")]
-    assert shares == pytest.approx([9 / 13, 0], abs=1e-6)  # l1_chan, nesterov
+    assert shares == pytest.approx([7 / 13, 0], abs=1e-6)  # l1_chan, nesterov
     assert all(text in parallel.text for text in ("l1_chan", "nesterov", "val/acc", "true", "false"))
     lines = curves.find_elements("css selector", ".cartesianlayer path.js-line")
     assert len(lines) == 4
     assert [line.value_of_css_property("stroke") for line in lines].index("rgb(214, 39, 40)") == 3  # the best in front
     pictures = page.find_elements("css selector", "img")
     assert [picture.get_property("naturalWidth") for picture in pictures] == [600, 600]
+
+
+def test_an_axis_has_different_labels_also_if_the_losses_are_close(tmp_path, monkeypatch, browser):
+    monkeypatch.chdir(tmp_path)
+    write_run(NAMES[0], GRID[0], {"val/acc": 0.5}, events=False)
+    write_events(SWEEP / NAMES[0], [0.6934, 0.6931])
+    browser.get(Path(report(SWEEP)).absolute().as_uri())
+    *_, curves = browser.find_elements("css selector", ".plotly-graph-div")
+    labels = [label.text for label in curves.find_elements("css selector", ".ytick text")]
+    assert len(labels) == len(set(labels)) > 2
 
 
 def test_the_page_needs_no_network_and_reports_no_error(page):

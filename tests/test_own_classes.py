@@ -1,0 +1,145 @@
+"""Modules of a user's own: README's as printed, saved hyperparameters, lazy and compiled layers, other metric names."""
+
+import re
+
+import pytest
+from conftest import BASE, BRIEF, REPO, RUN, RUNS, assert_same_run, error_of, main, metrics_of
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+PLAIN = """
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.nn import functional as F
+
+class Plain(LightningModule):
+    def __init__(self, net: nn.Module, lr: float = 0.1, name: str = "model"):
+        super().__init__()
+        self.save_hyperparameters(SAVED)
+        self.hparams["of_its_own"] = 3
+        self.net = net
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.hparams.get("lr", 0.1))
+"""
+DATA_OF_OWN = """
+from mnist_cnn import MNISTDataModule
+
+class Named(MNISTDataModule):
+    def __init__(self, data_dir: str = "data", name: str = "data"):
+        super().__init__(data_dir)
+        self.save_hyperparameters()
+"""
+MONITOR = [
+    "--early_stopping.monitor=val_loss",
+    "--checkpoint.monitor=val_loss",
+    "--checkpoint.filename={epoch}-{val_loss:.3f}",
+]
+OWN = [*BRIEF[:5], "--config=plain.yaml", *MONITOR]
+
+
+def use(folder, saved: str = "") -> list[str]:
+    """A command that trains the module above."""
+    (folder / "plain.py").write_text(PLAIN.replace("SAVED", saved))
+    (folder / "named.py").write_text(DATA_OF_OWN)
+    of_data = f"{{class_path: named.Named, init_args: {{data_dir: {REPO}/data}}}}"
+    model = "{class_path: plain.Plain, init_args: {net: CNN}}"
+    (folder / "plain.yaml").write_text(f"model: {model}\ndata: {of_data}\n")
+    limits = [option for option in BRIEF if option.startswith(("--trainer", "--num_threads", "--graph", "--test_pict"))]
+    return ["fit", *BASE[:2], "--config=plain.yaml", *MONITOR, *limits, "--wandb=null", "--data.name=data"]
+
+
+@pytest.mark.parametrize("saved", ['ignore=["net"]', '"lr"', ""])
+def test_a_module_with_hyperparameters_of_its_own_is_resumed(folder, saved, capfd):
+    """Though model and data have one with the same name and different values."""
+    command = use(folder, saved)
+    main(command)
+    main([*command, "--trainer.max_epochs=1"])
+    main([*command, "--ckpt_path=last"])
+    assert_same_run(RUNS / "version_2", RUN)
+    assert "model.lr=0.1" in error_of(capfd, *command, "--ckpt_path=last", "--model.lr=0.2")
+
+
+def test_metrics_may_have_other_names(folder, capfd):
+    command = use(folder)
+    main(command)
+    out = capfd.readouterr().out
+    metrics = metrics_of(RUN)
+    assert {"val_loss", "test_loss"} < set(metrics)
+    assert all(re.search(rf"^{name} +{metrics[name]:.4f}$", out, re.MULTILINE) for name in ("val_loss", "test_loss"))
+    assert len(re.findall(r"^epoch +\d  .*val_loss \d", out, re.MULTILINE)) == 2
+    assert re.fullmatch(r"checkpoints/\d-2\.\d{3}\.ckpt", metrics["best_checkpoint"])
+
+
+def test_a_monitor_that_the_module_does_not_log(folder, capfd):
+    command = [option for option in use(folder) if option not in MONITOR]
+    line = error_of(capfd, *command)
+    for part in ("logs val_loss, not val/loss", "early_stopping.monitor", "checkpoint.monitor", "checkpoint.filename"):
+        assert part in line
+    assert not (folder / "logs").exists()
+
+
+NETS = """
+import torch
+from torch import nn
+from mnist_cnn import CNN
+
+class Lazy(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.LazyLinear(16), nn.ReLU(inplace=True), nn.LazyLinear(10))
+
+class Compiled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.compile(CNN(), backend="eager")
+
+    def forward(self, images):
+        return self.net(images)
+"""
+
+
+def test_lazy_layers(folder):
+    (folder / "nets.py").write_text(NETS)
+    lazy = [*BRIEF, "--model.net=nets.Lazy", "--tensorboard={}"]
+    main(lazy)
+    main([*lazy, "--trainer.max_epochs=1"])
+    main([*lazy, "--ckpt_path=last"])
+    assert_same_run(RUNS / "version_2", RUN)
+    found = main(["test", f"--config={RUN}/config.yaml"]).trainer.callback_metrics
+    assert found["test/loss"].item() == metrics_of(RUN)["test/loss"]
+    events = EventAccumulator(str(RUN), {"histograms": 0})
+    events.Reload()
+    outputs = {tag for tag in events.Tags()["histograms"] if tag.startswith("act/")}
+    assert outputs == {"act/net.1", "act/net.2", "act/net.3"}  # that of Flatten is the image
+    before, after = (events.Histograms(f"act/net.{layer}")[0].histogram_value for layer in (1, 2))
+    assert before.min < 0 == after.min  # before ReLU changed it in place
+
+
+def test_compiled_parts(folder):
+    (folder / "nets.py").write_text(NETS)
+    main([*BRIEF, "--model.net=nets.Compiled", "--tensorboard={}"])
+    assert (RUN / "metrics.json").exists()
+
+
+def test_a_default_that_yaml_cannot_hold(folder):
+    (folder / "odd.py").write_text(
+        "import torch\nfrom mnist_cnn import CNN\n\nclass Odd(CNN):\n"
+        "    def __init__(self, l1_chan: int = 4, device: torch.device = torch.device('cpu'), dtype=torch.float32,\n"
+        "                 act=torch.nn.ReLU, power: complex = 2j):\n"
+        "        super().__init__(l1_chan)\n        assert device.type == 'cpu' and dtype is torch.float32\n"
+        "        assert act is torch.nn.ReLU and power == 2j\n"
+    )
+    main([*BRIEF, "--model.net=odd.Odd", "--model.net.l1_chan=5"])
+    main(["fit", f"--config={RUN}/config.yaml"])
+    assert_same_run(RUNS / "version_1", RUN)
