@@ -47,13 +47,6 @@ def test_a_run_without_checkpoints_or_whose_best_is_gone(folder, capfd):
     assert f"{RUN} has no best checkpoint" in error_of(capfd, "test", OF_RUN, "--ckpt_path=best")
 
 
-def test_a_sweeps_config_means_its_own_run(tiny, capfd, monkeypatch):
-    monkeypatch.chdir(tiny[0])
-    for config in sorted(Path("logs/sweeps/tiny/configs").iterdir())[:2]:
-        metrics = metrics_of(config.parents[1] / config.stem)
-        assert evaluated("test", f"--config={config}")["test/loss"] == metrics["test/loss"]
-
-
 # Callbacks that change weights
 
 EMA = ["EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
@@ -93,12 +86,9 @@ def test_metrics_are_those_that_a_later_evaluation_gives(folder, callback):
 
 PLACES = {
     "elsewhere": ["--checkpoint.dirpath=best", "--last_checkpoint.dirpath=last"],
-    "a slash in the name": [
-        "--checkpoint.filename={epoch}-{val/loss:.3f}",
-        "--checkpoint.auto_insert_metric_name=true",
+    "a slash in the name, mode max": [
+        "--checkpoint={monitor: val/acc, mode: max, save_top_k: 2, filename: '{epoch}-{val/acc:.3f}'}"
     ],
-    "mode max": ["--checkpoint.monitor=val/acc", "--checkpoint.mode=max"],
-    "all": ["--checkpoint.save_top_k=-1"],
 }
 
 

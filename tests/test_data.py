@@ -26,7 +26,7 @@ def module(data_dir=DATA, **settings):
 def recorded(*args):
     """The batches that the model got, by stage and epoch."""
     cli = main([*BRIEF, RECORD, *args])
-    return callback_of(cli, "Record").batches | cli.fresh[0].batches  # in the evaluation, callbacks are new
+    return callback_of(cli, "Record").batches | cli.evaluation_callbacks[0].batches  # copies
 
 
 def sums(images):

@@ -60,7 +60,7 @@ def use(folder, saved: str = "") -> list[str]:
     return ["fit", *BASE[:2], "--config=plain.yaml", *MONITOR, *limits, "--wandb=null", "--data.name=data"]
 
 
-@pytest.mark.parametrize("saved", ['ignore=["net"]', '"lr"', ""])
+@pytest.mark.parametrize("saved", ['ignore=["net"]', ""])
 def test_a_module_with_hyperparameters_of_its_own_is_resumed(folder, saved, capfd):
     """Though model and data have one with the same name and different values."""
     command = use(folder, saved)

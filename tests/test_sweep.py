@@ -25,6 +25,14 @@ from mnist_cnn.sweeps.grid import complete_configs, labels, parse, run_names, sh
 # A sweep of four runs from its beginning to its end ------------------------------------------------------------------
 
 
+def test_a_config_of_a_sweep_means_its_run(tiny, monkeypatch):
+    monkeypatch.chdir(tiny[0])
+    for name in NAMES[:2]:
+        cli = main(["test", f"--config={SWEEP}/configs/{name}.yaml"])
+        metrics = metrics_of(SWEEP / name)
+        assert cli.trainer.callback_metrics["test/loss"].item() == metrics["test/loss"]
+
+
 def test_results_have_a_row_for_each_run_with_its_metrics(tiny):
     results = rows(tiny[0] / SWEEP)
     assert [row["name"] for row in results] == NAMES
