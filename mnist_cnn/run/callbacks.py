@@ -11,7 +11,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mnist_cnn.run.errors import UserError
@@ -22,9 +22,7 @@ from mnist_cnn.run.loggers import log_histograms
 class ModelGraph(Callback):
     """Logs the graph of the net to TensorBoard, traced with the first image of the first training batch."""
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.current_epoch or batch_idx or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
@@ -67,10 +65,7 @@ class Histograms(Callback):
             self._unhook()
 
     def _keep_output(self, name: str, module: Any, inputs: Any, output: Any) -> None:
-        if not isinstance(output, Tensor):
-            return
-        same = any(isinstance(it, Tensor) and it.data_ptr() == output.data_ptr() for it in inputs)
-        if not same or getattr(module, "inplace", False):  # Flatten's output is its input
+        if isinstance(output, Tensor) and not isinstance(module, nn.Flatten):
             self._outputs[name] = output.detach().clone()  # the next layer may work in place
 
     def _unhook(self) -> None:

@@ -125,7 +125,7 @@ class ExperimentCLI(LightningCLI):
             config.progress_bar = None
         named = {name: config[name] for name in CALLBACKS if config[name]}
         check_callbacks(given, named)
-        # Callbacks that average weights keep those of the end of fit; an evaluation gets copies that have none yet.
+        # A callback that averages weights has those of the end of fit; its copy takes the checkpoint's, as in `test`.
         self.evaluation_callbacks = [*copy.deepcopy(given), *named.values(), self.stop]
         callbacks = [*given, *named.values(), MonitoredMetrics(), self.stop]
         kwargs |= {"logger": loggers, "callbacks": callbacks, "enable_checkpointing": True}  # for StopBySignal
@@ -175,14 +175,14 @@ class ExperimentCLI(LightningCLI):
             return
         seconds, epochs, best = time.monotonic() - self.start, trainer.current_epoch, best_checkpoint(trainer)
         metrics: dict[str, float] = {}
-        fitted, loggers = trainer.callbacks, trainer.loggers
-        trainer.callbacks, trainer.loggers = self.evaluation_callbacks, [DummyLogger()]  # val/loss is logged already
+        callbacks, trainer.callbacks = trainer.callbacks, self.evaluation_callbacks
+        loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # val/loss has been logged; the test is logged
         for evaluate, step in ((trainer.validate, "validation_step"), (trainer.test, "test_step")):
             if is_overridden(step, self.model):
                 for result in evaluate(self.model, None, best, False, self.datamodule, config.weights_only):
                     metrics |= result
             trainer.loggers = loggers
-        trainer.callbacks = fitted
+        trainer.callbacks = callbacks
         if self.run:
             for name, value in metrics.items():
                 print(f"{name:10} {value:.4f}")
@@ -222,14 +222,10 @@ class ExperimentCLI(LightningCLI):
 
 
 def describe_device(trainer: Trainer) -> str:
-    """Where a trainer computes, such as `on cuda:0, NVIDIA H100` or `on cpu, 1 thread`."""
+    """Where a trainer computes, such as `on cpu, 1 thread` or `2 processes, this one on cuda:0, NVIDIA H100`."""
     device, threads, processes = trainer.strategy.root_device, torch.get_num_threads(), trainer.world_size
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' * (threads != 1)}"
-    unused = device.type == "cpu" and torch.accelerator.is_available()
-    hint = "; there is a GPU: --trainer.accelerator=gpu uses it" if unused else ""
-    return (
-        f"on {device}, {name}{hint}" if processes == 1 else f"{processes} processes, this one on {device}, {name}{hint}"
-    )
+    return f"{processes} processes, this one " * (processes > 1) + f"on {device}, {name}"
 
 
 def with_subcommand(args: list[str]) -> list[str]:

@@ -22,9 +22,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 # Lines of jsonargparse's messages that say where it looked, not what is wrong.
 NOISE = re.compile(r"Expected a path but|Does not|Subtypes|Errors|Expected (a )?<class 'None|Problem|Given value")
-
-
 UNSERIALIZABLE = "Unable to serialize instance"  # jsonargparse's text in place of a value
+read_yaml = get_loader("yaml")  # jsonargparse's own
 
 
 class UserError(Exception):
@@ -68,9 +67,6 @@ def convert(value: Any) -> Any:
     return None if value == "None" else os.path.expanduser(value) if str(value).startswith("~/") else value
 
 
-read_yaml = get_loader("yaml")
-
-
 def set_parsing(own: bool) -> None:
     """Sets how the parsers of this process read values: as this project's do, or those of other programs."""
     # A config may name nets and callbacks, not os.system.
@@ -95,7 +91,8 @@ class Parser(LightningArgumentParser):
             if arg in ("--config", "-c"):
                 files += [arg, *itertools.islice(rest, 1)]
             else:
-                (files if key == "--config=" else options).append(key + (convert(value) or "null" * bool(value)))
+                value = convert(value)
+                (files if key == "--config=" else options).append(key + ("null" if value is None else value))
         start = bool(options) and not options[0].startswith("-")  # a subcommand stays in front
         return super().parse_args([*options[:start], *files, *options[start:]], *more, **kwargs)
 
@@ -108,13 +105,6 @@ class Parser(LightningArgumentParser):
         if not isinstance(content, dict):
             raise UserError(f"config file {path} has no settings (key: value)")
         return super().parse_path(path, *args, **kwargs)
-
-    def dump(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
-        """Leaves out what YAML cannot hold, such as a torch.device; it can only be a default."""
-        text = super().dump(*args, **kwargs)
-        if UNSERIALIZABLE not in text:
-            return text
-        return yaml.dump(convert(yaml.load(text, yaml.CSafeLoader)), Dumper=yaml.CSafeDumper, sort_keys=False)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a nested parser; the outer one reports the error

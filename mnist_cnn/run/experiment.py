@@ -54,10 +54,12 @@ class Experiment(LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step" if per_step else "epoch", "monitor": monitor}]
 
     def on_train_start(self) -> None:
-        """Checks that the schedule lasts until the end of training."""
+        """Checks that the schedule lasts until the end of training; steps ReduceLROnPlateau after each validation."""
         trainer: Any = self.trainer
         self._window = self.global_step // max(1, trainer.log_every_n_steps)
         for config in trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau:
+                config.frequency = trainer.check_val_every_n_epoch or 1
             planned = getattr(config.scheduler, "total_steps", None)  # a checkpoint may have restored it
             if planned and planned < trainer.estimated_stepping_batches < math.inf:
                 steps = f"the schedule is for {planned} steps, training makes {trainer.estimated_stepping_batches}"

@@ -84,12 +84,12 @@ def find_checkpoint(root: Path, config_files: list[Path], which: str) -> str:
     given = [run for file in config_files if (run := run_of(file.resolve()))]
     if not (runs := given or [run for run in versions(root) if (run / last).exists()]):
         raise UserError(f"there is no run with a checkpoint in {root}: run fit first, or give --ckpt_path=FILE")
-    run, best = runs[-1], None
+    run = runs[-1]
+    path, metrics = run / last, run / "metrics.json"
     if which == "best":
-        if not (metrics := run / "metrics.json").exists():
+        if not metrics.exists():
             raise UserError(f"{run} has no metrics.json, it did not finish: give --ckpt_path=last, or a file")
-        best = json.loads(metrics.read_text())["best_checkpoint"]
-    path = run / (last if which == "last" else best or "checkpoints")
+        path = run / (json.loads(metrics.read_text())["best_checkpoint"] or "checkpoints")
     if not path.is_file():
         raise UserError(f"{run} has no {which} checkpoint ({path}): give --ckpt_path=FILE")
     return str(path)

@@ -1,4 +1,4 @@
-"""What is refused before the first step, because its numbers would be wrong in silence."""
+"""Guards against numbers that would be silently wrong: most of them refuse a setting before the first step."""
 
 import re
 from pathlib import Path
@@ -16,9 +16,7 @@ def check_callbacks(given: list[Callback], named: dict[str, Callback]) -> None:
     for callback in given:
         kind = type(callback).__name__
         if isinstance(callback, BatchSizeFinder | LearningRateFinder):
-            raise UserError(
-                f"{kind} changes a setting that config.yaml would not have: write what it finds into the YAML"
-            )
+            raise UserError(f"{kind} changes a setting that config.yaml would not have: write what it finds into YAML")
         for name, other in named.items():  # a checkpoint could not tell their states apart
             if isinstance(callback, ModelCheckpoint | EarlyStopping) and callback.state_key == other.state_key:
                 raise UserError(f"trainer.callbacks has {kind} like {name}: change --{name}.*, or give --{name}=null")
@@ -46,17 +44,15 @@ def check_resume(path: str, checkpoint: dict[str, Any], trainer: Trainer, hparam
 
 
 class MonitoredMetrics(Callback):
-    """Checks before the first step that validation logs what is monitored; no epoch uses metrics of an earlier one."""
+    """Checks before the first step that validation logs what is monitored; clears old metrics at each epoch's start."""
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.check(trainer, list(trainer.callback_metrics))
+        if logged := list(trainer.callback_metrics):
+            self.check(trainer, logged)
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         if not sum(trainer.num_val_batches) and (trainer.val_dataloaders or not trainer.limit_val_batches):
-            self.check(trainer, [])
-        for schedule in trainer.lr_scheduler_configs:
-            if schedule.reduce_on_plateau and schedule.interval == "epoch":
-                schedule.frequency = max(schedule.frequency, trainer.check_val_every_n_epoch or 1)
+            self.check(trainer, [])  # there is no validation; it is not just unknown yet
 
     def check(self, trainer: Any, logged: list[str]) -> None:
         """Raises a UserError if a metric of validation that is in use is not one that it logs."""
@@ -65,23 +61,18 @@ class MonitoredMetrics(Callback):
             used.append(("checkpoint.monitor", getattr(callback, "monitor", None)))
             fields = re.findall(r"{([^:}]+)", getattr(callback, "filename", None) or "")
             used += [("checkpoint.filename", field) for field in fields]
-        schedules = trainer.lr_scheduler_configs
-        used += [
-            ("model.lr_scheduler.monitor", schedule.monitor) for schedule in schedules if schedule.reduce_on_plateau
-        ]
+        schedules = [schedule for schedule in trainer.lr_scheduler_configs if schedule.reduce_on_plateau]
+        used += [("model.lr_scheduler.monitor", schedule.monitor) for schedule in schedules]
         unknown = {key: metric for key, metric in used if str(metric).startswith("val") and metric not in logged}
-        if unknown and logged:
-            metrics = ", ".join(dict.fromkeys(unknown.values()))
-            raise UserError(f"validation logs {', '.join(logged)}, not {metrics}: change {', '.join(unknown)}")
         for key, metric in unknown.items():
+            if logged:
+                raise UserError(f"validation logs {', '.join(logged)}, not {metric}: change {', '.join(unknown)}")
             name = key.rpartition(".")[0]
             raise UserError(f"{name} monitors {metric}, but there is no validation: give --{name}=null")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.callback_metrics.clear()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Lets an epoch that max_steps cuts short end with a validation."""
-        is_last = 0 < trainer.max_steps - trainer.global_step <= len(trainer.optimizers)
-        if is_last and trainer.val_check_interval == 1.0 and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            trainer.val_check_batch = batch_idx + 1
+        trainer.should_stop |= 0 < trainer.max_steps <= trainer.global_step

@@ -43,25 +43,21 @@ class RunFolderTensorBoard(TensorBoardLogger):
     def save(self) -> None:
         """Writes no hparams.yaml: config.yaml has all settings."""
 
-    def log_result(self, settings: dict[str, Any], metrics: dict[str, float], step: int | None = None) -> None:
-        """Adds the run's row to the HParams tab: settings by short names, such as model.net, and best/val/acc etc."""
-        row: dict[str, int | float | str] = {}
-        for path, value in flatten({name: settings[name] for name in ("seed_everything", "model", "data")}).items():
-            value = value.rpartition(".")[2] if path[-1] == "class_path" else value
-            name = ".".join(key for key in path if key not in ("class_path", "init_args"))
-            row[name] = value if type(value) in (int, float, str) else str(value)  # true would be shown as 1.0
-        for summary in hparams(row, {})[1:]:  # without a list of columns, the tab begins with what differs
-            self.experiment.file_writer.add_summary(summary)  # SummaryWriter.add_hparams starts another run
-        # In a curve of the epochs they would be a spike; the test's metrics have no curve.
-        self.log_metrics({f"best/{name}": value for name, value in metrics.items() if name.startswith("val")}, step)
-        self.experiment.flush()
-
 
 def log_result(trainer: Trainer, settings: dict[str, Any], metrics: dict[str, float]) -> None:
-    """Logs the best checkpoint's metrics as a row of TensorBoard's HParams, and in W&B's summary."""
+    """Logs the best checkpoint's metrics in W&B's summary and, with settings by short names, in the HParams tab."""
+    row: dict[str, int | float | str] = {}
+    for path, value in flatten({name: settings[name] for name in ("seed_everything", "model", "data")}).items():
+        value = value.rpartition(".")[2] if path[-1] == "class_path" else value
+        name = ".".join(key for key in path if key not in ("class_path", "init_args"))
+        row[name] = value if type(value) in (int, float, str) else str(value)  # true would be shown as 1.0
+    of_best = {f"best/{name}": value for name, value in metrics.items() if name.startswith("val")}  # not in the curves
     for logger in trainer.loggers:
         if isinstance(logger, RunFolderTensorBoard):
-            logger.log_result(settings, metrics, trainer.global_step)
+            for summary in hparams(row, {})[1:]:  # without a list of columns, the tab begins with what differs
+                logger.experiment.file_writer.add_summary(summary)  # SummaryWriter.add_hparams starts another run
+            logger.log_metrics(of_best, trainer.global_step)
+            logger.finalize("success")
         elif isinstance(logger, WandbLogger):
             logger.experiment.summary.update(metrics)
 

@@ -35,8 +35,8 @@ class TestPictures(Callback):
         self._worst: dict[str, Tensor] = {}
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        if not (isinstance(outputs, Tensor) and outputs.ndim == 2):
-            return  # not a classifier
+        if not (isinstance(outputs, Tensor) and outputs.ndim == 2 and batch[0].ndim == 4):
+            return  # not a classifier of images
         (images, targets), logits = batch, outputs
         if self._confusion is None:
             self._confusion = MulticlassConfusionMatrix(logits.shape[1], validate_args=False).to(logits.device)

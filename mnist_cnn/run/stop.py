@@ -51,8 +51,7 @@ class StopBySignal(Checkpoint):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an exception if Ctrl-C ends a worker, too
         if not (first and self._in_training):
             raise SystemExit(128 + number)
-        newline = "\n" * os.isatty(2)  # behind the progress bar and ^C
-        os.write(2, f"{newline}stopping after this step; press Ctrl-C again to quit now\n".encode())
+        os.write(2, b"\n" * os.isatty(2) + b"stopping after this step; press Ctrl-C again to quit now\n")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._install_handlers()  # instead of Lightning's
@@ -66,7 +65,8 @@ class StopBySignal(Checkpoint):
         """Stops within an epoch, at a step after which no validation is due and no gradients are left over."""
         self.trained = True
         done = args[-1] + 1  # batches of this epoch
-        validates = trainer.is_last_batch or done % (trainer.val_check_batch or math.inf) == 0
+        ends = trainer.is_last_batch or trainer.should_stop  # before a last validation
+        validates = ends or done % (trainer.val_check_batch or math.inf) == 0
         if self.received and not validates and done % trainer.accumulate_grad_batches == 0:
             self.on_train_epoch_end(trainer)
             self._exit()

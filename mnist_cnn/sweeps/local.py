@@ -104,6 +104,7 @@ class Recorder(Callback):
         if trainer.sanity_checking:
             return
         fitting, logged = trainer.state.fn == "fit", dict(trainer.callback_metrics)
+        # What is not logged anew stays the same object.
         new = {name: value.item() for name, value in logged.items() if value is not self.seen.get(name)}
         step = trainer.global_step if fitting else self.step(trainer, trainer.ckpt_path)
         old, self.seen = self.records.get(step, {}), logged
@@ -113,7 +114,7 @@ class Recorder(Callback):
 
     def step(self, trainer: Any, checkpoint: str | None) -> int:
         """The step of a checkpoint; None: of the weights at the end of fit."""
-        return torch.load(checkpoint, weights_only=False)["global_step"] if checkpoint else trainer.global_step
+        return torch.load(checkpoint, "cpu", weights_only=False)["global_step"] if checkpoint else trainer.global_step
 
     def result(self, trainer: Any) -> tuple[dict[str, float], str | None]:
         """The metrics of the best checkpoint by a monitored metric, and its path; else of the last step, and None."""
