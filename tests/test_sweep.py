@@ -400,13 +400,13 @@ class Data(Points):
         return DataLoader(Dataset(), 4, num_workers=2)
     val_dataloader = train_dataloader
 
-def main():
+def main(args):
     print("b: 2")
-    return LightningCLI(Line, Data, trainer_defaults={"max_epochs": 1, "accelerator": "cpu"})
+    return LightningCLI(Line, Data, args=args, trainer_defaults={"max_epochs": 1, "accelerator": "cpu"})
 """
 
 
-def test_a_program_may_print_extend_sys_path_have_no_parameter_and_use_workers_and_a_lambda(foreign):
+def test_a_program_may_print_extend_sys_path_and_use_workers_and_a_lambda(foreign):
     Path("odd.py").write_text(ODD)
     os.mkdir("src")
     Path("src/extra.py").touch()

@@ -41,18 +41,20 @@ def nearest(name: str, known: Iterable[str], key: str = "{}") -> str:
     return "".join(f" (did you mean {key.format(it)}?)" for it in difflib.get_close_matches(name, list(known), n=1))
 
 
+class UniqueKeysLoader(yaml.CSafeLoader):
+    """Raises a UserError if a key is repeated, since only its last value would count."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise UserError(f"the key {key.value} is repeated, first in line {key.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(text: str) -> Any:
-    """Reads YAML as jsonargparse does, and raises a UserError if a key is repeated: only its last value would count."""
-    nodes: list[Any] = [yaml.compose(text, yaml.CSafeLoader)]
-    for node in nodes:  # grows while it is walked
-        if isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value]
-            for index, (key, _) in enumerate(node.value):
-                if key.value in keys[:index]:
-                    raise UserError(f"line {key.start_mark.line + 1} repeats the key {key.value}")
-            nodes += [value for _, value in node.value]
-        elif isinstance(node, yaml.SequenceNode):
-            nodes += node.value
+    """Reads YAML as jsonargparse does, but with unique keys, None for null and ~/ for the home folder."""
+    yaml.load(text, UniqueKeysLoader)
     return convert(read_yaml(text))
 
 

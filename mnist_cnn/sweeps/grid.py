@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import importlib
-import inspect
 import io
 import itertools
 import json
@@ -86,8 +85,7 @@ def import_program(program: str) -> Callable[[list[str]], Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the threads of OpenMP, if the import started them, would block the runs that are forked
     try:
-        function = getattr(importlib.import_module(module), name)
-        return function if inspect.signature(function).parameters else lambda args: function()
+        return getattr(importlib.import_module(module), name)
     except (ImportError, SyntaxError, AttributeError, SystemExit) as error:
         raise UserError(f"program {program} cannot be imported: {type(error).__name__}: {error}") from error
     finally:
@@ -97,10 +95,9 @@ def import_program(program: str) -> Callable[[list[str]], Any]:
 def print_config(program: str, args: list[str]) -> dict[str, Any]:
     """The complete config that the program's `fit --print_config` prints."""
     output, errors = io.StringIO(), io.StringIO()
-    sys.argv = [program, "fit", *args, "--print_config"]  # from which a LightningCLI without args reads
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            import_program(program)(sys.argv[1:])
+            import_program(program)(["fit", *args, "--print_config"])
     except SystemExit as ended:
         if ended.code:
             message = re.split("^error: ", errors.getvalue(), flags=re.MULTILINE)[-1].strip()
