@@ -38,6 +38,13 @@ def test_a_runs_config_never_means_another_runs_checkpoint(folder, capfd):
     assert sorted(os.listdir(RUNS)) == ["version_0", "version_1"]
 
 
+def test_a_checkpoint_that_another_run_has_overwritten(folder, capfd):
+    shared = "--checkpoint={monitor: val/loss, dirpath: best, filename: best, enable_version_counter: false}"
+    for seed in (1, 2):
+        main([*BRIEF, shared, f"--seed_everything={seed}"])
+    assert "best.ckpt has been overwritten" in error_of(capfd, "test", OF_RUN)
+
+
 def test_a_run_without_checkpoints_or_whose_best_is_gone(folder, capfd):
     main([*BRIEF, "--trainer.enable_checkpointing=false"])
     assert f"{RUN} has no best checkpoint" in error_of(capfd, "test", OF_RUN)
@@ -114,6 +121,30 @@ def kept() -> tuple[dict, list[str]]:
     metrics = metrics_of(max(RUNS.iterdir()))
     metrics["best_checkpoint"] = Path(metrics["best_checkpoint"]).name
     return metrics, sorted(str(path).rpartition("checkpoints/")[2] for path in Path().rglob("*.ckpt"))
+
+
+PLATEAU = [f"--model.lr_scheduler{key}" for key in ("=lightning.pytorch.cli.ReduceLROnPlateau", ".monitor=val/loss")]
+PLATEAU += ["--model.lr_scheduler.patience=0", "--model.lr_scheduler.threshold=0.5"]  # it acts after each epoch
+ENDS = {
+    "before the schedule acts": (PLATEAU, "--trainer.max_epochs=2"),
+    "within an epoch": (["--trainer.max_steps=20"], "--trainer.max_steps=11"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_run_that_ended_sooner_is_resumed_like_a_whole_one(folder, end):
+    settings, sooner = ENDS[end]
+    main([*FOUR, *settings])
+    main([*FOUR, *settings, sooner])
+    main([*FOUR, *settings, "--ckpt_path=last"])
+    assert_same_run(RUNS / "version_2", RUN)
+
+
+def test_of_several_checkpoints_the_named_one_chooses_the_best(folder):
+    newest = {"monitor": "step", "mode": "max", "filename": "newest"}
+    options = [f"--trainer.callbacks.{key}={value}" for key, value in newest.items()]
+    main([*BRIEF, "--trainer.callbacks+=ModelCheckpoint", *options])
+    assert metrics_of(RUN)["best_checkpoint"].startswith("checkpoints/epoch0")
 
 
 def test_nothing_is_left_to_train_in_a_finished_run(folder, capfd):

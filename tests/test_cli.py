@@ -137,7 +137,7 @@ def test_callbacks_of_the_trainer_are_added_and_called(folder):
     cli = main([*BRIEF, "--config", "list.yaml"])
     assert callback_of(cli, "Counting").steps == 16
     assert len(callbacks_of(cli, ModelSummary)) == 1
-    assert [callback.monitor for callback in callbacks_of(cli, EarlyStopping)] == ["val/acc", "val/loss"]
+    assert [callback.monitor for callback in callbacks_of(cli, EarlyStopping)] == ["val/loss", "val/acc"]
     assert len(callbacks_of(cli, ModelCheckpoint)) == 2
 
 

@@ -17,6 +17,7 @@ class Plain(LightningModule):
         super().__init__()
         self.save_hyperparameters(SAVED)
         self.hparams["of_its_own"] = 3
+        self.hparams["lr"] = 2 * lr
         self.net = net
 
     def training_step(self, batch, batch_idx):
@@ -66,9 +67,10 @@ def test_a_module_with_hyperparameters_of_its_own_is_resumed(folder, saved, capf
     command = use(folder, saved)
     main(command)
     main([*command, "--trainer.max_epochs=1"])
-    main([*command, "--ckpt_path=last"])
+    cli = main([*command, "--ckpt_path=last"])
     assert_same_run(RUNS / "version_2", RUN)
-    assert "model.lr=0.1" in error_of(capfd, *command, "--ckpt_path=last", "--model.lr=0.2")
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.2  # which the module has changed
+    assert "model.lr=0.2" in error_of(capfd, *command, "--ckpt_path=last", "--model.lr=0.2")
 
 
 def test_metrics_may_have_other_names(folder, capfd):
@@ -133,13 +135,13 @@ def test_compiled_parts(folder):
 
 
 def test_a_default_that_yaml_cannot_hold(folder):
-    (folder / "odd.py").write_text(
+    (folder / "unusual.py").write_text(
         "import torch\nfrom mnist_cnn import CNN\n\nclass Odd(CNN):\n"
         "    def __init__(self, l1_chan: int = 4, device: torch.device = torch.device('cpu'), dtype=torch.float32,\n"
         "                 act=torch.nn.ReLU, power: complex = 2j):\n"
         "        super().__init__(l1_chan)\n        assert device.type == 'cpu' and dtype is torch.float32\n"
         "        assert act is torch.nn.ReLU and power == 2j\n"
     )
-    main([*BRIEF, "--model.net=odd.Odd", "--model.net.l1_chan=5"])
+    main([*BRIEF, "--model.net=unusual.Odd", "--model.net.l1_chan=5"])
     main(["fit", f"--config={RUN}/config.yaml"])
     assert_same_run(RUNS / "version_1", RUN)

@@ -268,6 +268,10 @@ MISTAKES = {
     "empty axis": ([grid(a=[])], "a must be a list of different values, got []"),
     "no list": ([grid(a=3)], "a must be a list of different values, got 3"),
     "twice": ([grid(model__net__l1_chan=[4, 8, 4])], "l1_chan must be a list of different values, got [4, 8, 4]"),
+    "two spellings": (
+        ['--grid={"model.optimizer.lr": [0.1], "model": {"init_args": {"optimizer.init_args.lr": [0.2]}}}'],
+        "model.optimizer.lr is given twice",
+    ),
     "unknown key": (
         [grid(model__optimizer__lrr=[0.1])],
         "unknown key model.optimizer.lrr (did you mean model.optimizer.lr?) (with model.optimizer.lrr=0.1)",

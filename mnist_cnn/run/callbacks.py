@@ -94,8 +94,8 @@ class EpochProgressBar(TQDMProgressBar):
         if trainer.is_global_zero:
             logged = trainer.callback_metrics.items()
             metrics = [f"{name} {value:.4f}" for name, value in logged if not name.startswith("lr-")]
-            seconds = time.monotonic() - getattr(self, "_start", time.monotonic())  # not set if resumed in the epoch
-            tqdm.write("  ".join([f"epoch {trainer.current_epoch:2}", *metrics, f"{seconds:.1f} s"]))
+            seconds = f"{time.monotonic() - self._start:.1f} s"
+            tqdm.write("  ".join([f"epoch {trainer.current_epoch:2}", *metrics, seconds]))
 
 
 class PredictionWriter(Callback):

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import os
+import re
 import signal
 import sys
 import time
@@ -105,7 +106,8 @@ class ExperimentCLI(LightningCLI):
         self.settings = {**self.config_dump, "ckpt_path": None, "run_dir": None}
         # With its settings in the checkpoint, load_from_checkpoint needs nothing else.
         model, instantiator = self.settings["model"], "lightning.pytorch.cli.instantiate_module"
-        self.hparams = model.get("init_args", {}) | {"_class_path": model["class_path"], "_instantiator": instantiator}
+        hparams = model.get("init_args", {}) | {"_class_path": model["class_path"], "_instantiator": instantiator}
+        self.hparams = {name: self.model.hparams.get(name, value) for name, value in hparams.items()}
         self.model.save_hyperparameters(self.hparams, logger=False)
         if self.datamodule:  # W&B gets the complete config, and names in both would be a conflict
             self.datamodule.save_hyperparameters({}, logger=False)
@@ -127,7 +129,7 @@ class ExperimentCLI(LightningCLI):
         check_callbacks(given, named)
         # A callback that averages weights has those of the end of fit; its copy takes the checkpoint's, as in `test`.
         self.evaluation_callbacks = [*copy.deepcopy(given), *named.values(), self.stop]
-        callbacks = [*given, *named.values(), MonitoredMetrics(), self.stop]
+        callbacks = [*named.values(), *given, MonitoredMetrics(), self.stop]  # the named checkpoint chooses the best
         kwargs |= {"logger": loggers, "callbacks": callbacks, "enable_checkpointing": True}  # for StopBySignal
         kwargs["plugins"] = config.trainer.plugins or AtomicCheckpointIO()
         kwargs["profiler"] = config.trainer.profiler or NoProfiler()
@@ -179,8 +181,8 @@ class ExperimentCLI(LightningCLI):
         loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # val/loss has been logged; the test is logged
         for evaluate, step in ((trainer.validate, "validation_step"), (trainer.test, "test_step")):
             if is_overridden(step, self.model):
-                for result in evaluate(self.model, None, best, False, self.datamodule, config.weights_only):
-                    metrics |= result
+                for result in evaluate(self.model, None, best, False, self.datamodule, weights_only=False):
+                    metrics |= {f"test/{name}" if name in metrics else name: value for name, value in result.items()}
             trainer.loggers = loggers
         trainer.callbacks = callbacks
         if self.run:
@@ -205,7 +207,9 @@ class ExperimentCLI(LightningCLI):
         mistakes: tuple[type[Exception], ...] = (UserError, MisconfigurationException, FloatingPointError)
         if not hasattr(self, "settings"):  # what a constructor refuses is a wrong setting
             mistakes += (ValueError, ImportError)
-        if isinstance(error, mistakes) or "Early stopping conditioned on metric" in str(error):  # which is not logged
+        # The metric is not logged; two callbacks are the same.
+        others = re.search("Early stopping conditioned on metric|more than one stateful callback", str(error))
+        if isinstance(error, mistakes) or others:
             fail(str(error))
 
     def close(self, status: int) -> None:

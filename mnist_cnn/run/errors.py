@@ -91,7 +91,7 @@ class Parser(LightningArgumentParser):
         for arg in rest:
             key, value = re.match(r"(--[^=]+=)?(.*)", arg, re.DOTALL).groups("")  # type: ignore[union-attr]
             if arg in ("--config", "-c"):
-                files += [arg, *itertools.islice(rest, 1)]
+                files += [arg, *map(convert, itertools.islice(rest, 1))]
             else:
                 value = convert(value)
                 (files if key == "--config=" else options).append(key + ("null" if value is None else value))

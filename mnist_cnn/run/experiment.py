@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.optim.lr_scheduler import CyclicLR
+from torch.optim.lr_scheduler import CyclicLR, ReduceLROnPlateau
 
 from mnist_cnn.run.errors import UserError
 
@@ -23,8 +23,8 @@ class Experiment(LightningModule):
     Args:
         optimizer: Called with the module's parameters.
         lr_scheduler: Called with the optimizer. OneCycleLR, CyclicLR and WarmupCosineLR are stepped after each
-            optimizer step, ReduceLROnPlateau after each validation, others after each epoch. If its `total_steps` is
-            not given, it is the number of optimizer steps that the trainer will make.
+            optimizer step, ReduceLROnPlateau after each epoch with a validation, others after each epoch. If its
+            `total_steps` is not given, it is the number of optimizer steps that the trainer will make.
     """
 
     def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None = None) -> None:
@@ -50,16 +50,22 @@ class Experiment(LightningModule):
             total_steps["total_steps"] = int(steps)
         scheduler = self.lr_scheduler(optimizer, **total_steps)
         per_step = "total_steps" in arguments or hasattr(scheduler, "total_steps") or isinstance(scheduler, CyclicLR)
-        monitor = getattr(scheduler, "monitor", "val/loss")  # read for ReduceLROnPlateau only
-        return [optimizer], [{"scheduler": scheduler, "interval": "step" if per_step else "epoch", "monitor": monitor}]
+        settings: dict[str, Any] = {
+            "scheduler": scheduler,
+            "interval": "step" if per_step else "epoch",
+            "monitor": "val/loss",
+        }
+        if isinstance(
+            scheduler, ReduceLROnPlateau
+        ):  # on_train_epoch_end steps it; Lightning would after the checkpoint
+            settings |= {"monitor": getattr(scheduler, "monitor", "val/loss"), "frequency": 10**9}
+        return [optimizer], [settings]
 
     def on_train_start(self) -> None:
-        """Checks that the schedule lasts until the end of training; steps ReduceLROnPlateau after each validation."""
+        """Checks that the schedule lasts until the end of training."""
         trainer: Any = self.trainer
         self._window = self.global_step // max(1, trainer.log_every_n_steps)
         for config in trainer.lr_scheduler_configs:
-            if config.reduce_on_plateau:
-                config.frequency = trainer.check_val_every_n_epoch or 1
             planned = getattr(config.scheduler, "total_steps", None)  # a checkpoint may have restored it
             if planned and planned < trainer.estimated_stepping_batches < math.inf:
                 steps = f"the schedule is for {planned} steps, training makes {trainer.estimated_stepping_batches}"
@@ -88,8 +94,11 @@ class Experiment(LightningModule):
             self._outputs.clear()
 
     def on_train_epoch_end(self) -> None:
-        """Checks the remaining losses of the epoch, and those of its validation."""
+        """Checks the remaining losses of the epoch, and those of its validation; steps ReduceLROnPlateau."""
         self.check_losses()
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ReduceLROnPlateau) and config.monitor in self.trainer.callback_metrics:
+                config.scheduler.step(self.trainer.callback_metrics[config.monitor])
         for name, value in self.trainer.callback_metrics.items():
             if name.startswith("val") and name.endswith("loss") and not value.isfinite():
                 raise FloatingPointError(f"{name} is {value:.0f} after epoch {self.current_epoch}: training diverged")

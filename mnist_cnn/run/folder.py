@@ -73,16 +73,17 @@ def write_metrics(run_dir: Path, trainer: Trainer, metrics: dict[str, float], se
 def run_of(config: Path) -> Path | None:
     """The folder of the run to which a config file belongs: a run's config.yaml, or one that sweep.py has written."""
     content = config.read_text(encoding="utf-8")
-    if config.name == "config.yaml" and "\nrun_dir:" in content:
+    if config.name == "config.yaml" and "\nrun_dir:" in content and not content.startswith("# lightning"):  # printed
         return config.parent
     return config.parents[1] / config.stem if content.startswith("# swept: ") else None
 
 
 def find_checkpoint(root: Path, config_files: list[Path], which: str) -> str:
     """The best or last checkpoint of the run whose config is given; if there is none, of the newest run in `root`."""
-    last = "checkpoints/last.ckpt" if which == "last" else "checkpoints"  # a killed run may have no last.ckpt
+    last = "checkpoints/last.ckpt"
+    marks = [last] if which == "last" else ["checkpoints", "metrics.json"]  # a killed run may have none
     given = [run for file in config_files if (run := run_of(file.resolve()))]
-    if not (runs := given or [run for run in versions(root) if (run / last).exists()]):
+    if not (runs := given or [run for run in versions(root) if any((run / mark).exists() for mark in marks)]):
         raise UserError(f"there is no run with a checkpoint in {root}: run fit first, or give --ckpt_path=FILE")
     run = runs[-1]
     path, metrics = run / last, run / "metrics.json"
@@ -92,6 +93,8 @@ def find_checkpoint(root: Path, config_files: list[Path], which: str) -> str:
         path = run / (json.loads(metrics.read_text())["best_checkpoint"] or "checkpoints")
     if not path.is_file():
         raise UserError(f"{run} has no {which} checkpoint ({path}): give --ckpt_path=FILE")
+    if run.resolve() not in path.resolve().parents and path.stat().st_mtime > metrics.stat().st_mtime:
+        raise UserError(f"{path} has been overwritten since {run} finished: give --ckpt_path=FILE")
     return str(path)
 
 

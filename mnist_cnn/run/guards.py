@@ -63,7 +63,7 @@ class MonitoredMetrics(Callback):
             used += [("checkpoint.filename", field) for field in fields]
         schedules = [schedule for schedule in trainer.lr_scheduler_configs if schedule.reduce_on_plateau]
         used += [("model.lr_scheduler.monitor", schedule.monitor) for schedule in schedules]
-        unknown = {key: metric for key, metric in used if str(metric).startswith("val") and metric not in logged}
+        unknown = {key: metric for key, metric in used if re.match("val[/_i]", str(metric)) and metric not in logged}
         for key, metric in unknown.items():
             if logged:
                 raise UserError(f"validation logs {', '.join(logged)}, not {metric}: change {', '.join(unknown)}")

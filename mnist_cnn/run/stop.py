@@ -56,6 +56,9 @@ class StopBySignal(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._install_handlers()  # instead of Lightning's
         self._in_training = True
+        if trainer.fit_loop.restarted_mid_epoch:  # Lightning omits this hook, in which callbacks set up an epoch
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                callback.on_train_epoch_start(trainer, pl_module)
         if self._random_state and trainer.world_size == 1:
             torch.set_rng_state(self._random_state["cpu"].cpu())
             if "cuda" in self._random_state and torch.cuda.is_available():
@@ -85,10 +88,17 @@ class StopBySignal(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adapts the checkpoint to this run; an evaluation needs its weights only."""
-        if trainer.training and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            keep_best_checkpoints(trainer, checkpoint)
-        else:
+        if not trainer.training or trainer.fast_dev_run:  # type: ignore[attr-defined]
             checkpoint["callbacks"] = {}
+            pl_module.load_state_dict(checkpoint["state_dict"])  # WeightAveraging has loaded other weights
+            return
+        keep_best_checkpoints(trainer, checkpoint)
+        epochs, batches = (
+            checkpoint["loops"]["fit_loop"][name] for name in ("epoch_progress", "epoch_loop.batch_progress")
+        )
+        if not batches["is_last_batch"] and epochs["current"]["processed"] == epochs["current"]["ready"]:
+            epochs["current"]["processed"] -= 1  # max_steps has cut the epoch short: it goes on
+            epochs["total"]["processed"] -= 1
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The state of the random numbers, with which dropout continues in the middle of an epoch."""

@@ -26,7 +26,11 @@ Point = tuple[int, ...]  # the index of each axis's value
 def flat_keys(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings by their whole keys: {"model": {"net.l1_chan": 4}} -> {"model.net.l1_chan": 4}."""
     settings = json.loads(json.dumps(settings, default=vars))  # jsonargparse makes Namespaces of some dicts
-    return {".".join(path).replace("/", "."): value for path, value in flatten(settings).items() if path}
+    flat = [(".".join(path).replace("/", "."), value) for path, value in flatten(settings).items() if path]
+    names = [re.sub(r"\.(init_args|class_path)\b", "", key) for key, _ in flat]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{repeated[0]} is given twice")
+    return dict(flat)
 
 
 def check_grid(grid: dict[str, Any]) -> None:
