@@ -51,7 +51,7 @@ class MonitoredMetrics(Callback):
             self.check(trainer, logged)
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        if not sum(trainer.num_val_batches) and (trainer.val_dataloaders or not trainer.limit_val_batches):
+        if not sum(trainer.num_val_batches) and (trainer.val_dataloaders is not None or not trainer.limit_val_batches):
             self.check(trainer, [])  # there is no validation; it is not just unknown yet
 
     def check(self, trainer: Any, logged: list[str]) -> None:
