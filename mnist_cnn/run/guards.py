@@ -64,11 +64,10 @@ class MonitoredMetrics(Callback):
         schedules = [schedule for schedule in trainer.lr_scheduler_configs if schedule.reduce_on_plateau]
         used += [("model.lr_scheduler.monitor", schedule.monitor) for schedule in schedules]
         unknown = {key: metric for key, metric in used if re.match("val[/_i]", str(metric)) and metric not in logged}
-        for key, metric in unknown.items():
-            if logged:
-                raise UserError(f"validation logs {', '.join(logged)}, not {metric}: change {', '.join(unknown)}")
-            name = key.rpartition(".")[0]
-            raise UserError(f"{name} monitors {metric}, but there is no validation: give --{name}=null")
+        if unknown:
+            found, metrics = ", ".join(logged) or "nothing", ", ".join(dict.fromkeys(unknown.values()))
+            options = " ".join(f"--{name}=null" for name in dict.fromkeys(key.rpartition(".")[0] for key in unknown))
+            raise UserError(f"validation logs {found}, not {metrics}: change {', '.join(unknown)}, or give {options}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.callback_metrics.clear()

@@ -54,7 +54,7 @@ def test_full_from_the_beginning(disk, capfd):
 
 @pytest.mark.parametrize(
     "more",
-    [full("on_validation_end", 1), [*full("on_train_epoch_start", 1), "--checkpoint=null"], full("on_test_end")],
+    [full("on_validation_end", 2), [*full("on_train_epoch_start", 1), "--checkpoint=null"], full("on_test_end")],
     ids=["a new checkpoint", "last.ckpt, which is replaced", "metrics.json"],
 )
 def test_full_during_a_fit(disk, more):
