@@ -85,7 +85,7 @@ def find_checkpoint(root: Path, config_files: list[Path], which: str) -> str:
     given = [run for file in config_files if (run := run_of(file.resolve()))]
     if not (runs := given or [run for run in versions(root) if any((run / mark).exists() for mark in marks)]):
         raise UserError(f"there is no run with a checkpoint in {root}: run fit first, or give --ckpt_path=FILE")
-    run = runs[-1]
+    run = Path(os.path.relpath(runs[-1]))
     path, metrics = run / last, run / "metrics.json"
     if which == "best":
         if not metrics.exists():
@@ -95,7 +95,7 @@ def find_checkpoint(root: Path, config_files: list[Path], which: str) -> str:
         raise UserError(f"{run} has no {which} checkpoint ({path}): give --ckpt_path=FILE")
     if run.resolve() not in path.resolve().parents and path.stat().st_mtime > metrics.stat().st_mtime:
         raise UserError(f"{path} has been overwritten since {run} finished: give --ckpt_path=FILE")
-    return str(path)
+    return os.path.relpath(path)
 
 
 def read_checkpoint(path: str, model: LightningModule, weights_only: bool | None) -> dict[str, Any]:

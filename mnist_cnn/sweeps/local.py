@@ -106,21 +106,22 @@ class Recorder(Callback):
         fitting, logged = trainer.state.fn == "fit", dict(trainer.callback_metrics)
         # What is not logged anew stays the same object.
         new = {name: value.item() for name, value in logged.items() if value is not self.seen.get(name)}
-        step = trainer.global_step if fitting else self.step(trainer, trainer.ckpt_path)
+        step = trainer.global_step if fitting else step_of(trainer.ckpt_path, trainer)
         old, self.seen = self.records.get(step, {}), logged
         self.records[step] = old | new if fitting else new | old  # of two with one name, that of fit counts
 
     on_train_epoch_start = on_train_end = on_test_end = on_save_checkpoint = on_validation_end  # type: ignore
 
-    def step(self, trainer: Any, checkpoint: str | None) -> int:
-        """The step of a checkpoint; None: of the weights at the end of fit."""
-        return torch.load(checkpoint, "cpu", weights_only=False)["global_step"] if checkpoint else trainer.global_step
-
     def result(self, trainer: Any) -> tuple[dict[str, float], str | None]:
         """The metrics of the best checkpoint by a monitored metric, and its path; else of the last step, and None."""
         callbacks = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor)
         best = next((c.best_model_path for c in callbacks if os.path.isfile(c.best_model_path)), None)
-        return self.records.get(self.step(trainer, best), {}), best
+        return self.records.get(step_of(best, trainer), {}), best
+
+
+def step_of(checkpoint: str | None, trainer: Any) -> int:
+    """The step of a checkpoint; None: of the weights at the end of fit."""
+    return torch.load(checkpoint, "cpu", weights_only=False)["global_step"] if checkpoint else trainer.global_step
 
 
 def run_alone(run: Path, program: str) -> None:
