@@ -128,6 +128,7 @@ PLATEAU += ["--model.lr_scheduler.patience=0", "--model.lr_scheduler.threshold=0
 ENDS = {
     "before the schedule acts": (PLATEAU, "--trainer.max_epochs=2"),
     "within an epoch": (["--trainer.max_steps=20"], "--trainer.max_steps=11"),
+    "within the last epoch": (["--trainer.max_epochs=2"], "--trainer.max_steps=11"),
 }
 
 

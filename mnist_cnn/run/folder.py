@@ -111,6 +111,15 @@ def read_checkpoint(path: str, model: LightningModule, weights_only: bool | None
     return checkpoint
 
 
+def reopen_cut_epoch(checkpoint: dict[str, Any]) -> None:
+    """Takes back the end of an epoch that max_steps has cut short; Lightning would count it, and mix its batches up."""
+    loop = checkpoint["loops"]["fit_loop"]
+    epochs = loop["epoch_progress"]
+    if not loop["epoch_loop.batch_progress"]["is_last_batch"]:
+        for progress in (epochs["current"], epochs["total"]):
+            progress["processed"] = min(progress["processed"], progress["ready"] - 1)
+
+
 def keep_best_checkpoints(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Copies a run's best checkpoints into the folder of the run that resumes it; Lightning forgets those elsewhere."""
     for early_stopping in trainer.early_stopping_callbacks:  # Lightning would restore the checkpoint's patience

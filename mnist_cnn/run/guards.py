@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, Learning
 
 from mnist_cnn.run.config import flatten
 from mnist_cnn.run.errors import UserError
+from mnist_cnn.run.folder import reopen_cut_epoch
 
 
 def check_callbacks(given: list[Callback], named: dict[str, Callback]) -> None:
@@ -31,6 +32,7 @@ def check_resume(path: str, checkpoint: dict[str, Any], trainer: Trainer, hparam
         if key and key[0] in hparams and saved.get(key) != given.get(key):  # the user's class may have saved others
             name = ".".join(part for part in ("model", *key) if part not in ("init_args", "class_path"))
             raise UserError(f"{path} has {name}={saved.get(key)}, not {given.get(key)}: a resumed run keeps this")
+    reopen_cut_epoch(checkpoint)
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     limits = [("max_epochs", trainer.max_epochs, epochs), ("max_steps", trainer.max_steps, checkpoint["global_step"])]
     for callback in trainer.early_stopping_callbacks:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from mnist_cnn.run.folder import keep_best_checkpoints
+from mnist_cnn.run.folder import keep_best_checkpoints, reopen_cut_epoch
 
 
 class StopBySignal(Checkpoint):
@@ -93,12 +93,7 @@ class StopBySignal(Checkpoint):
             pl_module.load_state_dict(checkpoint["state_dict"])  # WeightAveraging has loaded other weights
             return
         keep_best_checkpoints(trainer, checkpoint)
-        epochs, batches = (
-            checkpoint["loops"]["fit_loop"][name] for name in ("epoch_progress", "epoch_loop.batch_progress")
-        )
-        if not batches["is_last_batch"] and epochs["current"]["processed"] == epochs["current"]["ready"]:
-            epochs["current"]["processed"] -= 1  # max_steps has cut the epoch short: it goes on
-            epochs["total"]["processed"] -= 1
+        reopen_cut_epoch(checkpoint)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The state of the random numbers, with which dropout continues in the middle of an epoch."""
