@@ -20,7 +20,7 @@ from mnist_cnn.run.errors import UserError
 
 
 class RunFolderTensorBoard(TensorBoardLogger):
-    """Lightning's TensorBoardLogger, writing into the run's folder, one event file for fit, validation and test.
+    """Lightning's TensorBoardLogger, writing into the run's folder, one event file for fit and its test.
 
     It writes after max_queue events, and every flush_secs seconds.
     """
@@ -37,7 +37,7 @@ class RunFolderTensorBoard(TensorBoardLogger):
         self.experiment.add_custom_scalars({"train and val": charts})
 
     def finalize(self, status: str) -> None:
-        """Writes what is logged; the file stays open, since validation and test follow fit."""
+        """Writes what is logged; the file stays open, since a test follows fit."""
         self.experiment.flush()
 
     def save(self) -> None:
