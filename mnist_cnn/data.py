@@ -1,12 +1,9 @@
 """MNISTDataModule: MNIST and its siblings, in memory as uint8; a batch is one operation, normalised on the device."""
 
 import contextlib
-import functools
-import gzip
 import itertools
 import os
 import warnings
-import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +44,7 @@ class MNISTDataModule(LightningDataModule):
     `split_seed` alone.
 
     Args:
-        data_dir: Folder that holds MNIST/raw/*.gz; missing archives are downloaded into it.
+        data_dir: Folder that holds MNIST/raw/*.gz; torchvision unpacks them, and downloads missing ones.
         dataset: Name of a dataset of torchvision.
         batch_size: Images in a training step, in each process.
         val_size: Held out of the 60,000 training images: a number of images, or a fraction.
@@ -88,19 +85,13 @@ class MNISTDataModule(LightningDataModule):
         self.unreadable: list[str] = []  # files of predict_dir that are no images, each with the reason
 
     def prepare_data(self) -> None:
-        raw = Path(self.data_dir, self.dataset.__name__, "raw")
-        missing = [raw / name for name, _ in self.dataset.resources if not (raw / name).exists()]
-        if missing and not (self.predict_dir and self.trainer and self.trainer.predicting):
-            try:
-                self.dataset(self.data_dir, download=True)
-            except (OSError, RuntimeError) as error:
-                with contextlib.suppress(OSError):
-                    os.removedirs(raw)  # those that torchvision has created
-                raise UserError(f"{missing[0]} is missing and cannot be downloaded ({error}): copy it there") from error
+        """Unpacks the archives, and downloads those that are missing."""
+        if not (self.predict_dir and self.trainer and self.trainer.predicting):
+            self._read(train=False)
 
     def setup(self, stage: str) -> None:
         if stage in ("fit", "validate") and "train" not in self.sets:
-            images, targets = self._read("train")
+            images, targets = self._read(train=True)
             num_val = round(self.val_size * len(images)) if isinstance(self.val_size, float) else self.val_size
             if not 0 <= num_val <= len(images) - self.batch_size:
                 sizes = f"val_size={self.val_size} and batch_size={self.batch_size}"
@@ -112,7 +103,7 @@ class MNISTDataModule(LightningDataModule):
             images, self.predict_names, self.unreadable = read_images(self.predict_dir)
             self.sets["predict"] = TensorBatches(images, torch.full([len(images)], -1))
         elif stage in ("test", "predict") and "test" not in self.sets:
-            self.sets["test"] = TensorBatches(*self._read("t10k"))
+            self.sets["test"] = TensorBatches(*self._read(train=False))
 
     def train_dataloader(self) -> DataLoader:
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
@@ -157,17 +148,13 @@ class MNISTDataModule(LightningDataModule):
         loader.loop = trainer.fit_loop.epoch_loop if trainer and is_train else None
         return loader
 
-    def _read(self, name: str) -> tuple[Tensor, Tensor]:
-        # images uint8 [N, 28, 28] and targets int64 [N], behind headers of 16 and 8 bytes
+    def _read(self, train: bool) -> tuple[Tensor, Tensor]:
+        """The images, uint8 [N, 28, 28], and targets, int64 [N]."""
         raw = Path(self.data_dir, self.dataset.__name__, "raw")
-        images = read_gzip(raw / f"{name}-images-idx3-ubyte.gz")[16:].view(-1, 28, 28)
-        return images, read_gzip(raw / f"{name}-labels-idx1-ubyte.gz")[8:].long()
-
-
-@functools.cache
-def read_gzip(path: Path) -> Tensor:
-    """The bytes in a gzip archive, whose check sum gzip verifies: uint8 [N]."""
-    try:
-        return torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): restore it, or delete it to download it") from error
+        try:
+            source = self.dataset(self.data_dir, train, download=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            with contextlib.suppress(OSError):
+                os.removedirs(raw)  # those that torchvision has created
+            raise UserError(f"{raw} is incomplete or damaged ({error}): copy *.gz there, delete *-ubyte") from error
+        return source.data, source.targets

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -98,23 +98,20 @@ class EpochProgressBar(TQDMProgressBar):
             tqdm.write("  ".join([f"epoch {trainer.current_epoch:2}", *metrics, seconds]))
 
 
-class PredictionWriter(Callback):
+class PredictionWriter(BasePredictionWriter):
     """Writes predicted probabilities to a CSV file: file name or index, predicted class, a column for each class."""
 
     def __init__(self, path: str = "predictions.csv") -> None:
+        super().__init__("epoch")
         self.path = path
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             raise UserError("predictions are written by one process: give --trainer.devices=1")
-        self._probabilities: list[Tensor] = []
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        self._probabilities.append(outputs.cpu())
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def write_on_epoch_end(self, trainer: Trainer, pl_module: Any, predictions: Any, batch_indices: Any) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        probabilities, names = torch.cat(self._probabilities), getattr(data, "predict_names", None)
+        probabilities, names = torch.cat(predictions).cpu(), getattr(data, "predict_names", None)
         try:
             with write_atomically(self.path) as file:
                 writer = csv.writer(file, lineterminator="\n")

@@ -96,6 +96,9 @@ class ExperimentCLI(LightningCLI):
             files = [Path(file.absolute) for file in config.config or [] if file is not None]
             config.ckpt_path = find_checkpoint(Path(config.trainer.default_root_dir or "."), files, given or "best")
         torch.set_num_threads(config.num_threads)
+        # LightningCLI would validate the config again, which takes as long as parsing it.
+        dump = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False, skip_validation=True)
+        self.config_dump = yaml.load(dump, yaml.CSafeLoader)[self.subcommand]
 
     def instantiate_classes(self) -> None:
         """Instantiates all classes, and gives the model its settings as hyperparameters."""

@@ -101,11 +101,10 @@ class Parser(LightningArgumentParser):
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Checks a config file; jsonargparse would not name it."""
         try:
-            content = load_yaml(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(load_yaml(Path(path).read_text(encoding="utf-8")), dict):
+                raise UserError("it has no settings (key: value)")
         except (UserError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"config file {path}: {error}") from error
-        if not isinstance(content, dict):
-            raise UserError(f"config file {path} has no settings (key: value)")
         return super().parse_path(path, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

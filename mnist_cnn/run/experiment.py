@@ -50,15 +50,10 @@ class Experiment(LightningModule):
             total_steps["total_steps"] = int(steps)
         scheduler = self.lr_scheduler(optimizer, **total_steps)
         per_step = "total_steps" in arguments or hasattr(scheduler, "total_steps") or isinstance(scheduler, CyclicLR)
-        settings: dict[str, Any] = {
-            "scheduler": scheduler,
-            "interval": "step" if per_step else "epoch",
-            "monitor": "val/loss",
-        }
-        if isinstance(
-            scheduler, ReduceLROnPlateau
-        ):  # on_train_epoch_end steps it; Lightning would after the checkpoint
-            settings |= {"monitor": getattr(scheduler, "monitor", "val/loss"), "frequency": 10**9}
+        settings: dict[str, Any] = {"scheduler": scheduler, "interval": "step" if per_step else "epoch"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            settings["monitor"] = getattr(scheduler, "monitor", "val/loss")
+            settings["frequency"] = 10**9  # on_train_epoch_end steps it; Lightning would after the checkpoint
         return [optimizer], [settings]
 
     def on_train_start(self) -> None:
@@ -105,8 +100,7 @@ class Experiment(LightningModule):
 
     def check_losses(self) -> None:
         """Raises a FloatingPointError if a training loss since the last logged step is not finite."""
-        losses = [outputs["loss"] for _, outputs in self._outputs]
-        if losses and not (finite := torch.stack(losses).isfinite()).all():
-            step = self._outputs[int(finite.int().argmin())][0]
-            place = f"step {step} (epoch {self.current_epoch})"
-            raise FloatingPointError(f"train/loss is not finite at {place}: training diverged; lower the learning rate")
+        for step, outputs in self._outputs:
+            if not outputs["loss"].isfinite():
+                place = f"step {step} (epoch {self.current_epoch})"
+                raise FloatingPointError(f"train/loss is not finite at {place}: it diverged; lower the learning rate")
