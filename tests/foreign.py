@@ -13,8 +13,15 @@ from torch.utils.data import DataLoader, TensorDataset
 class Line(LightningModule):
     """Fits y = 3x. It can misbehave."""
 
-    def __init__(self, lr: float = 0.1, bias: bool = False, fault: str | None = None):
+    def __init__(
+        self,
+        lr: float = 0.1,
+        bias: bool = False,
+        fault: str | None = None,
+        dtype=torch.float32,  # YAML cannot hold it
+    ):
         super().__init__()
+        assert dtype is torch.float32
         self.line, self.lr, self.fault = torch.nn.Linear(1, 1, bias=bias), lr, fault
 
     def training_step(self, batch, index):

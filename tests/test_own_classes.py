@@ -134,14 +134,53 @@ def test_compiled_parts(folder):
     assert (RUN / "metrics.json").exists()
 
 
-def test_a_default_that_yaml_cannot_hold(folder):
-    (folder / "unusual.py").write_text(
-        "import torch\nfrom mnist_cnn import CNN\n\nclass Odd(CNN):\n"
-        "    def __init__(self, l1_chan: int = 4, device: torch.device = torch.device('cpu'), dtype=torch.float32,\n"
-        "                 act=torch.nn.ReLU, power: complex = 2j):\n"
-        "        super().__init__(l1_chan)\n        assert device.type == 'cpu' and dtype is torch.float32\n"
-        "        assert act is torch.nn.ReLU and power == 2j\n"
-    )
-    main([*BRIEF, "--model.net=unusual.Odd", "--model.net.l1_chan=5"])
-    main(["fit", f"--config={RUN}/config.yaml"])
+ODD = """
+import datetime
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from mnist_cnn import CNN
+
+Colour = enum.Enum("Colour", "RED BLUE")
+DEFAULTS = {
+    "device": (torch.device, torch.device("cpu")),
+    "dtype": (Any, torch.float32),
+    "act": (Callable, nn.ReLU),
+    "norm": (Any, nn.BatchNorm2d),
+    "function": (Any, torch.relu),
+    "loss": (nn.Module, nn.CrossEntropyLoss()),
+    "layers": (list[nn.Module], [nn.ReLU()]),
+    "places": (dict, {"eval": [torch.device("cpu")]}),
+    "scale": (float, np.float64(0.5)),
+    "power": (complex, 2j),
+    "sizes": (tuple[int, ...], (1, 2)),
+    "colour": (Colour, Colour.RED),
+    "day": (datetime.date, datetime.date(2020, 1, 1)),
+    "home": (str, "~/x"),
+    "word": (str, "None"),
+}
+
+
+class Odd(CNN):
+    def __init__(self, l1_chan: int = 4, ARGUMENTS):
+        super().__init__(l1_chan)
+        self.arguments = repr([LIST])
+"""
+
+
+def test_a_default_that_yaml_cannot_hold_or_would_change(folder):
+    namespace = {}
+    exec(ODD[: ODD.index("class Odd")], namespace)
+    names = list(namespace["DEFAULTS"])
+    arguments = ", ".join(f"{name}: DEFAULTS['{name}'][0] = DEFAULTS['{name}'][1]" for name in names)
+    (folder / "odd.py").write_text(ODD.replace("ARGUMENTS", arguments).replace("LIST", ", ".join(names)))
+    first = main([*BRIEF, "--model.net=odd.Odd", "--model.net.l1_chan=5"])
+    assert first.model.net.arguments == repr([default for _, default in namespace["DEFAULTS"].values()])
+    assert "sizes:" in (RUN / "config.yaml").read_text()  # what YAML can hold is there
+    again = main(["fit", f"--config={RUN}/config.yaml"])
+    assert again.model.net.arguments == first.model.net.arguments
     assert_same_run(RUNS / "version_1", RUN)

@@ -69,6 +69,22 @@ def convert(value: Any) -> Any:
     return None if value == "None" else os.path.expanduser(value) if str(value).startswith("~/") else value
 
 
+def drop_defaults(config: Any) -> None:
+    """Removes those defaults of a config's classes that YAML would change, such as a module, a class or a device."""
+    for value in vars(config).values() if isinstance(config, Namespace) else config if isinstance(config, list) else ():
+        drop_defaults(value)
+    if isinstance(config, Namespace) and isinstance(config.get("init_args"), Namespace):
+        for name, parameter in inspect.signature(pydoc.locate(config.class_path)).parameters.items():  # type: ignore
+            value = config.init_args.get(name)
+            try:
+                text = yaml.dump(value, Dumper=yaml.CSafeDumper)
+                same = load_yaml(text) == read_yaml(text)
+            except (UserError, yaml.YAMLError):
+                same = False
+            if not same and repr(value) == repr(parameter.default):
+                del config.init_args[name]
+
+
 def set_parsing(own: bool) -> None:
     """Sets how the parsers of this process read values: as this project's do, or those of other programs."""
     # A config may name nets and callbacks, not os.system.
@@ -106,6 +122,11 @@ class Parser(LightningArgumentParser):
         except (UserError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"config file {path}: {error}") from error
         return super().parse_path(path, *args, **kwargs)
+
+    def dump(self, namespace: Namespace, **kwargs: Any) -> str:  # type: ignore[override]
+        """Leaves out defaults that YAML would change; a rerun takes them from the class again."""
+        drop_defaults(namespace := namespace.clone())
+        return super().dump(namespace, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a nested parser; the outer one reports the error

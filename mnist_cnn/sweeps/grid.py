@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from mnist_cnn.run.config import flatten
-from mnist_cnn.run.errors import UserError, explain, set_parsing
+from mnist_cnn.run.errors import UNSERIALIZABLE, UserError, explain, set_parsing
 from mnist_cnn.sweeps.ledger import Config, Run, changes
 
 Point = tuple[int, ...]  # the index of each axis's value
@@ -131,7 +131,7 @@ def parse(settings: dict[str, Any], point: Point) -> Config:
     except UserError as error:
         values = ", ".join(f"{key}={json.dumps(value)}" for key, value in swept.items())
         raise UserError(f"{error} (with {values}{'' if files else '; base is not given'})") from None
-    return flatten(config)
+    return {path: value for path, value in flatten(config).items() if not str(value).startswith(UNSERIALIZABLE)}
 
 
 def complete_configs(parse: Callable[[Point], Config], points: list[Point]) -> list[Config]:
