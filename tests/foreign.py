@@ -9,6 +9,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader, TensorDataset
 
+RELU = torch.nn.ReLU()
+
 
 class Line(LightningModule):
     """Fits y = 3x. It can misbehave."""
@@ -18,10 +20,10 @@ class Line(LightningModule):
         lr: float = 0.1,
         bias: bool = False,
         fault: str | None = None,
-        dtype=torch.float32,  # YAML cannot hold it
+        unused: torch.nn.Module = RELU,  # YAML cannot hold it
     ):
         super().__init__()
-        assert dtype is torch.float32
+        assert unused is RELU
         self.line, self.lr, self.fault = torch.nn.Linear(1, 1, bias=bias), lr, fault
 
     def training_step(self, batch, index):
