@@ -14,13 +14,11 @@ from typing import Any, Literal
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 
-from mnist_cnn.run.config import swept_values
 from mnist_cnn.run.errors import Parser, UserError, fail
-from mnist_cnn.sweeps import local
+from mnist_cnn.sweeps import ledger, local
 from mnist_cnn.sweeps import slurm as cluster
 from mnist_cnn.sweeps.display import Display, sort_runs
 from mnist_cnn.sweeps.grid import check_grid, complete_configs, flat_keys, parse, run_names
-from mnist_cnn.sweeps.ledger import Run, lock, read_run, read_runs, read_settings, to_yaml, write_results, write_sweep
 from mnist_cnn.sweeps.report import report
 
 
@@ -75,7 +73,7 @@ def sweep(
     names = write_configs(root, settings | {"program": program}, files, limit)
     display = Display(metric, mode)
     if dry_run:
-        display.print_table([read_run(root, name, metric) for name in names[:100]])
+        display.print_table([ledger.read_run(root, name, metric) for name in names[:100]])
         display.say(f"{len(names)} runs: {root / 'configs'}")
         return 0
     # Runs, each in a process of its own; results.csv after each; the table and the report at the end.
@@ -90,26 +88,27 @@ def write_configs(root: Path, settings: dict[str, Any], files: list[Path], limit
     points = list(itertools.islice(itertools.product(*(range(len(values)) for values in grid.values())), limit))
     print(f"checking {len(points)} configs", flush=True)
     configs = complete_configs(lambda point: parse(settings, point), points)
-    with lock(root, "sweep"):
+    with ledger.lock(root, "sweep"):
         if files:  # perhaps those of a sweep, whose base, grid and fixed stay in sweep.yaml
-            settings = (read_settings(root) or settings) | {key: settings[key] for key in ("program", "metric", "mode")}
-            names, swept = [file.stem for file in files], [swept_values(file) for file in files]
+            given = {key: settings[key] for key in ("program", "metric", "mode")}
+            settings = (ledger.read_settings(root) or settings) | given
+            names, swept = [file.stem for file in files], [ledger.swept_values(file) for file in files]
         else:
             names = run_names((path.stem for path in (root / "configs").glob("*.yaml")), grid)
             swept = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-        contents = {name: to_yaml(config, values) for name, config, values in zip(names, configs, swept)}
-        write_sweep(root, settings, contents)
+        contents = {name: ledger.to_yaml(config, values) for name, config, values in zip(names, configs, swept)}
+        ledger.write_sweep(root, settings, contents)
     return sorted(contents)
 
 
-def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[Run], max_failures: int) -> int:
+def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[ledger.Run], max_failures: int) -> int:
     """Executes the runs, with results.csv after each, then writes the table and the report; returns the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, todo.interrupt)
     failures, runs = 0, []
     for ended in itertools.chain([None], ended_runs, [None]):  # before the runs, after each, and after all
-        runs = read_runs(todo.root, todo.metric)
-        write_results(todo.root, runs)
+        runs = ledger.read_runs(todo.root, todo.metric)
+        ledger.write_results(todo.root, runs)
         runs = [run for run in runs if run.name in todo.names]
         display.update(runs, ended)
         if ended:

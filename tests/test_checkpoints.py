@@ -154,6 +154,8 @@ def test_nothing_is_left_to_train_in_a_finished_run(folder, capfd):
     assert "max_steps=16" in error_of(
         capfd, *BRIEF, "--ckpt_path=last", "--trainer.max_epochs=9", "--trainer.max_steps=16"
     )
+    (RUN / "metrics.json").unlink()
+    assert "nothing left" in error_of(capfd, *BRIEF, "--ckpt_path=last", "--evaluate_best=false")
     assert os.listdir(RUNS) == ["version_0"]
     main([*BRIEF, "--ckpt_path=last", "--trainer.max_epochs=3"])
     assert "3 epochs (1 of them new) in " in capfd.readouterr().out

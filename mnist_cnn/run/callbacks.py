@@ -1,6 +1,7 @@
 """Callbacks of every experiment: graph, histograms, progress, and the file that predict writes."""
 
 import csv
+import re
 import sys
 import time
 from functools import partial
@@ -8,8 +9,7 @@ from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -74,7 +74,7 @@ class Histograms(Callback):
         self._hooks, self._outputs = [], {}
 
 
-class EpochProgressBar(TQDMProgressBar):
+class EpochProgressBar(callbacks.TQDMProgressBar):
     """A bar over the steps of training, in a terminal only, and a line for each finished epoch."""
 
     def __init__(self, refresh_rate: int = 50) -> None:
@@ -98,7 +98,7 @@ class EpochProgressBar(TQDMProgressBar):
             tqdm.write("  ".join([f"epoch {trainer.current_epoch:2}", *metrics, seconds]))
 
 
-class PredictionWriter(BasePredictionWriter):
+class PredictionWriter(callbacks.BasePredictionWriter):
     """Writes predicted probabilities to a CSV file: file name or index, predicted class, a column for each class."""
 
     def __init__(self, path: str = "predictions.csv") -> None:
@@ -124,3 +124,49 @@ class PredictionWriter(BasePredictionWriter):
         print(f"{len(probabilities)} predictions: {self.path}")
         if unreadable := getattr(data, "unreadable", []):
             raise UserError(f"not predicted, because they are not readable images: {', '.join(unreadable)}")
+
+
+class MonitoredMetrics(Callback):
+    """Checks before the first step that validation logs what is monitored; clears old metrics at each epoch's start."""
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if logged := list(trainer.callback_metrics):
+            self.check(trainer, logged)
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        if not sum(trainer.num_val_batches) and (trainer.val_dataloaders is not None or not trainer.limit_val_batches):
+            self.check(trainer, [])  # there is no validation; it is not just unknown yet
+
+    def check(self, trainer: Any, logged: list[str]) -> None:
+        """Raises a UserError if a metric of validation that is in use is not one that it logs."""
+        used = [("early_stopping.monitor", callback.monitor) for callback in trainer.early_stopping_callbacks]
+        for callback in trainer.checkpoint_callbacks:
+            used.append(("checkpoint.monitor", getattr(callback, "monitor", None)))
+            fields = re.findall(r"{([^:}]+)", getattr(callback, "filename", None) or "")
+            used += [("checkpoint.filename", field) for field in fields]
+        schedules = [schedule for schedule in trainer.lr_scheduler_configs if schedule.reduce_on_plateau]
+        used += [("model.lr_scheduler.monitor", schedule.monitor) for schedule in schedules]
+        unknown = {key: metric for key, metric in used if re.match("val[/_i]", str(metric)) and metric not in logged}
+        if unknown:
+            found, metrics = ", ".join(logged) or "nothing", ", ".join(dict.fromkeys(unknown.values()))
+            options = " ".join(f"--{name}=null" for name in dict.fromkeys(key.rpartition(".")[0] for key in unknown))
+            raise UserError(f"validation logs {found}, not {metrics}: change {', '.join(unknown)}, or give {options}")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.callback_metrics.clear()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Lets an epoch that max_steps cuts short end with a validation."""
+        trainer.should_stop |= 0 < trainer.max_steps <= trainer.global_step
+
+
+def check_callbacks(given: list[Callback], named: dict[str, Callback]) -> None:
+    """Checks the callbacks of `trainer.callbacks` beside those that have a name."""
+    for callback in given:
+        kind = type(callback).__name__
+        if isinstance(callback, callbacks.BatchSizeFinder | callbacks.LearningRateFinder):
+            raise UserError(f"{kind} changes a setting that config.yaml would not have: write what it finds into YAML")
+        stateful = isinstance(callback, callbacks.ModelCheckpoint | callbacks.EarlyStopping)
+        for name, other in named.items():
+            if stateful and callback.state_key == other.state_key:  # a checkpoint could not tell them apart
+                raise UserError(f"trainer.callbacks has {kind} like {name}: change --{name}.*, or give --{name}=null")

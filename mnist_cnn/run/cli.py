@@ -21,12 +21,11 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from mnist_cnn.run.callbacks import Histograms, ModelGraph, PredictionWriter
+from mnist_cnn.run import folder
+from mnist_cnn.run.callbacks import Histograms, ModelGraph, MonitoredMetrics, PredictionWriter, check_callbacks
 from mnist_cnn.run.errors import Parser, UserError, fail
 from mnist_cnn.run.experiment import Experiment
 from mnist_cnn.run.files import AtomicCheckpointIO
-from mnist_cnn.run.folder import best_checkpoint, create_run, discard, find_checkpoint, read_checkpoint, write_metrics
-from mnist_cnn.run.guards import MonitoredMetrics, check_callbacks, check_resume
 from mnist_cnn.run.libraries import NoProfiler, silence_libraries
 from mnist_cnn.run.loggers import RunFolderTensorBoard, finish_wandb, log_result, start_wandb
 from mnist_cnn.run.pictures import TestPictures
@@ -94,7 +93,8 @@ class ExperimentCLI(LightningCLI):
         given = config.ckpt_path
         if given in ("best", "last") or (given is None and self.subcommand != "fit"):
             files = [Path(file.absolute) for file in config.config or [] if file is not None]
-            config.ckpt_path = find_checkpoint(Path(config.trainer.default_root_dir or "."), files, given or "best")
+            root = Path(config.trainer.default_root_dir or ".")
+            config.ckpt_path = folder.find_checkpoint(root, files, given or "best")
         torch.set_num_threads(config.num_threads)
         # LightningCLI would validate the config again, which takes as long as parsing it.
         dump = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False, skip_validation=True)
@@ -143,22 +143,25 @@ class ExperimentCLI(LightningCLI):
         """Checks the checkpoint, creates the folder of a fit, and starts the loggers."""
         self.start, self.epochs_before = time.monotonic(), 0
         trainer, config = self.trainer, self.config[self.subcommand]
+        path = config.ckpt_path
         if "MultiProcessing" in type(trainer.strategy.launcher).__name__:
             raise UserError("forked or spawned processes do not share a run: give --trainer.strategy=ddp")
-        if config.ckpt_path is not None and "://" not in config.ckpt_path:
-            checkpoint = read_checkpoint(config.ckpt_path, self.model, config.weights_only)
+        if path is not None and "://" not in path:
+            checkpoint = folder.read_checkpoint(path, self.model, config.weights_only)
             if self.subcommand == "fit":
-                self.epochs_before = check_resume(config.ckpt_path, checkpoint, trainer, self.hparams)
+                self.epochs_before = folder.check_resume(path, checkpoint, trainer, self.hparams, config.evaluate_best)
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        print(describe_device(trainer))
-        if config.ckpt_path is not None:
-            print(f"checkpoint: {config.ckpt_path}")
+        device, count = trainer.strategy.root_device, config.num_threads
+        threads = f"{count} thread{'s' * (count != 1)}"
+        print(f"on {device}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else threads}")
+        if path is not None:
+            print(f"checkpoint: {path}")
         if self.subcommand == "fit":
-            resumed = f"# resumed from {config.ckpt_path}\n" if config.ckpt_path else ""
+            resumed = f"# resumed from {path}\n" if path else ""
             content = resumed + yaml.dump(self.settings, Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True)
             given = config.run_dir or next((logger.log_dir for logger in trainer.loggers if logger.log_dir), None)
-            self.run = create_run(Path(given) if given else None, Path(trainer.default_root_dir), content)
+            self.run = folder.create_run(Path(given) if given else None, Path(trainer.default_root_dir), content)
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint):  # without one, the user wants no checkpoints
                     callback.dirpath = callback.dirpath or str(self.run.absolute() / "checkpoints")
@@ -178,7 +181,7 @@ class ExperimentCLI(LightningCLI):
         config = self.config_init.fit
         if trainer.fast_dev_run or not config.evaluate_best:
             return
-        seconds, epochs, best = time.monotonic() - self.start, trainer.current_epoch, best_checkpoint(trainer)
+        seconds, epochs, best = time.monotonic() - self.start, trainer.current_epoch, folder.best_checkpoint(trainer)
         metrics: dict[str, float] = {}
         callbacks, trainer.callbacks = trainer.callbacks, self.evaluation_callbacks
         loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # val/loss has been logged; the test is logged
@@ -194,7 +197,7 @@ class ExperimentCLI(LightningCLI):
             new = f" ({epochs - self.epochs_before} of them new)" if self.epochs_before else ""
             print(f"{epochs} epoch{'s' * (epochs != 1)}{new} in {seconds:.0f} s: {self.run}")
             log_result(trainer, self.settings, metrics)
-            write_metrics(self.run, trainer, metrics, seconds, best)
+            folder.write_metrics(self.run, trainer, metrics, seconds, best)
 
     def report(self, error: BaseException) -> None:
         """Exits with one line if a signal has stopped the run, or if the error is a user's mistake."""
@@ -210,9 +213,7 @@ class ExperimentCLI(LightningCLI):
         mistakes: tuple[type[Exception], ...] = (UserError, MisconfigurationException, FloatingPointError)
         if not hasattr(self, "settings"):  # what a constructor refuses is a wrong setting
             mistakes += (ValueError, ImportError)
-        # The metric is not logged; two callbacks are the same.
-        others = re.search("Early stopping conditioned on metric|more than one stateful callback", str(error))
-        if isinstance(error, mistakes) or others:
+        if isinstance(error, mistakes) or re.search("Early stopping conditioned|more than one stateful", str(error)):
             fail(str(error))
 
     def close(self, status: int) -> None:
@@ -225,14 +226,7 @@ class ExperimentCLI(LightningCLI):
         finish_wandb(status, keep)
         self.trainer.loggers = [logger for logger in self.trainer.loggers if not isinstance(logger, WandbLogger)]
         if self.run and not keep:
-            discard(self.run)
-
-
-def describe_device(trainer: Trainer) -> str:
-    """Where a trainer computes, such as `on cpu, 1 thread` or `2 processes, this one on cuda:0, NVIDIA H100`."""
-    device, threads, processes = trainer.strategy.root_device, torch.get_num_threads(), trainer.world_size
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' * (threads != 1)}"
-    return f"{processes} processes, this one " * (processes > 1) + f"on {device}, {name}"
+            folder.discard(self.run)
 
 
 def with_subcommand(args: list[str]) -> list[str]:

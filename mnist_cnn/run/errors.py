@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import itertools
+import json
 import os
 import pydoc
 import re
@@ -77,10 +78,9 @@ def drop_defaults(config: Any) -> None:
         for name, parameter in inspect.signature(pydoc.locate(config.class_path)).parameters.items():  # type: ignore
             value = config.init_args.get(name)
             try:
-                text = yaml.dump(value, Dumper=yaml.CSafeDumper)
-                same = load_yaml(text) == read_yaml(text)
-            except (UserError, yaml.YAMLError):
-                same = False
+                same = json.dumps(value) == json.dumps(convert(value))
+            except (TypeError, UserError):  # jsonargparse can read an object by its type, not a class
+                same = not (parameter.annotation is Any or callable(value) or isinstance(value, str | list | dict))
             if not same and repr(value) == repr(parameter.default):
                 del config.init_args[name]
 
@@ -143,8 +143,9 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         if classes := re.findall(r"class_path[= ]'([\w.]+)'", message):
             known = inspect.signature(pydoc.locate(classes[-1])).parameters  # type: ignore[arg-type]
         prefix, (first, dot, rest) = key and f"{key}.", name.partition(".")
-        whole = not dot or first in {each.partition(".")[0] for each in known}  # not --early_stoping.patience
-        similar = nearest(name if whole else first, known, prefix + ("{}" if whole else f"{{}}.{rest}"))
+        similar = nearest(name, known, prefix + "{}")
+        if dot and first not in (groups := {each.partition(".")[0] for each in known}):  # --early_stoping.patience
+            similar = nearest(first, groups, f"{prefix}{{}}.{rest}")
         order = "; an option that chooses its class must stand before it" if key else ""
         return f"unknown key {prefix}{name}{similar or order}"
     lines = re.split(r"\n[ -]*|Type typing\..* class: |Parser key \S+: ?|\. Got value: ", message)

@@ -120,6 +120,28 @@ def reopen_cut_epoch(checkpoint: dict[str, Any]) -> None:
             progress["processed"] = min(progress["processed"], progress["ready"] - 1)
 
 
+def check_resume(path: str, checkpoint: dict[str, Any], trainer: Trainer, hparams: dict[str, Any], test: bool) -> int:
+    """Checks that training or its test can go on, with the same model's settings; returns the epochs so far."""
+    if not checkpoint.get("optimizer_states"):
+        raise UserError(f"checkpoint {path} has weights only: training cannot be resumed from it")
+    saved, given = flatten(checkpoint.get("hyper_parameters")), flatten(hparams)
+    for key in {**saved, **given} if "hyper_parameters" in checkpoint else ():
+        if key and key[0] in hparams and saved.get(key) != given.get(key):  # the user's class may have saved others
+            name = ".".join(part for part in ("model", *key) if part not in ("init_args", "class_path"))
+            raise UserError(f"{path} has {name}={saved.get(key)}, not {given.get(key)}: a resumed run keeps this")
+    reopen_cut_epoch(checkpoint)
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    limits = [("max_epochs", trainer.max_epochs, epochs), ("max_steps", trainer.max_steps, checkpoint["global_step"])]
+    for callback in trainer.early_stopping_callbacks:
+        waited = checkpoint["callbacks"].get(callback.state_key, {}).get("wait_count", 0)
+        limits.append(("early_stopping.patience", callback.patience, waited))
+    finished = not test or (Path(path).absolute().parents[1] / "metrics.json").exists()
+    for name, limit, reached in limits if finished else ():
+        if limit is not None and -1 < limit <= reached:
+            raise UserError(f"nothing left to train: {path} has reached {name}={limit}, after {epochs} epochs")
+    return epochs
+
+
 def keep_best_checkpoints(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Copies a run's best checkpoints into the folder of the run that resumes it; Lightning forgets those elsewhere."""
     for early_stopping in trainer.early_stopping_callbacks:  # Lightning would restore the checkpoint's patience
@@ -141,3 +163,10 @@ def keep_best_checkpoints(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
                 moved[path] = str(new)
         state["best_k_models"] = {moved[path]: score for path, score in state["best_k_models"].items() if path in moved}
         state |= {name: moved.get(state[name], "") for name in paths} | {"dirpath": str(callback.dirpath)}
+
+
+def flatten(config: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """The leaves of a nested config: path of keys -> value. Lists and empty mappings are leaves."""
+    if not isinstance(config, dict) or not config:
+        return {path: config}
+    return {leaf: value for key, inner in config.items() for leaf, value in flatten(inner, (*path, key)).items()}

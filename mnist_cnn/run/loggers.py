@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
-from mnist_cnn.run.config import flatten
 from mnist_cnn.run.errors import UserError
+from mnist_cnn.run.folder import flatten
 
 
 class RunFolderTensorBoard(TensorBoardLogger):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import yaml
 
-from mnist_cnn.run.config import flatten
 from mnist_cnn.run.errors import UNSERIALIZABLE, UserError, explain, set_parsing
+from mnist_cnn.run.folder import flatten
 from mnist_cnn.sweeps.ledger import Config, Run, changes
 
 Point = tuple[int, ...]  # the index of each axis's value

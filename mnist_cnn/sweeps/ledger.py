@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from mnist_cnn.run.config import flatten, swept_values
 from mnist_cnn.run.errors import UserError
 from mnist_cnn.run.files import write_atomically
+from mnist_cnn.run.folder import flatten
 
 Config = dict[tuple[str, ...], Any]  # path of keys -> value
 
@@ -39,6 +39,12 @@ def lock(root: Path, name: str, timeout: float = -1) -> Any:
     """Acquires a lock, which is released when its process ends; raises Timeout if another process holds it."""
     (root / ".locks").mkdir(parents=True, exist_ok=True)
     return FileLock(root / ".locks" / f"{name}.lock").acquire(timeout=timeout)
+
+
+def swept_values(path: Path) -> dict[str, Any]:
+    """The swept settings (key -> value) that sweep.py writes into a config's first line; {} for other files."""
+    line = path.read_text(encoding="utf-8").partition("\n")[0]
+    return json.loads(line.removeprefix("# swept: ")) if line.startswith("# swept: ") else {}
 
 
 def read_run(root: Path, name: str, metric: str) -> Run:
