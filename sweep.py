@@ -3,8 +3,11 @@
 Its folder, logs/sweeps/NAME, holds its state: the same command continues a stopped sweep, a second one shares the work.
 """
 
+import importlib.util
 import itertools
+import json
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,7 +21,7 @@ from mnist_cnn.run.errors import Parser, UserError, fail
 from mnist_cnn.sweeps import ledger, local
 from mnist_cnn.sweeps import slurm as cluster
 from mnist_cnn.sweeps.display import Display, sort_runs
-from mnist_cnn.sweeps.grid import check_grid, complete_configs, flat_keys, parse, run_names
+from mnist_cnn.sweeps.grid import complete_configs, flat_keys, parse, run_names
 from mnist_cnn.sweeps.report import report
 
 
@@ -60,9 +63,13 @@ def sweep(
     if config_dir and (base or grid or not files):
         raise UserError(f"config_dir {config_dir} must have config files (*.yaml), and excludes base and grid")
     grid = {"config": [str(file) for file in files]} if files else grid
-    check_grid(grid)
-    if launcher == "slurm":
-        cluster.check_cluster()
+    if not grid:
+        raise UserError("the grid is empty: give --config, --grid or --config_dir")
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values or len(set(map(json.dumps, values))) < len(values):
+            raise UserError(f"grid: {key} must be a list of different values, got {json.dumps(values)}")
+    if launcher == "slurm" and not (importlib.util.find_spec("submitit") and shutil.which("sbatch")):
+        raise UserError("launcher slurm needs SLURM's commands on PATH, and submitit: pip install '.[cluster]'")
     if name is not None and not re.fullmatch(r"\w[\w.+=@ -]*", name):
         raise UserError(f"name: {name!r} is not the name of a folder: use letters, digits and . + = @ -")
     root = Path("logs/sweeps", name or Path(config_dir or "sweep").resolve().name)
@@ -90,8 +97,7 @@ def write_configs(root: Path, settings: dict[str, Any], files: list[Path], limit
     configs = complete_configs(lambda point: parse(settings, point), points)
     with ledger.lock(root, "sweep"):
         if files:  # perhaps those of a sweep, whose base, grid and fixed stay in sweep.yaml
-            given = {key: settings[key] for key in ("program", "metric", "mode")}
-            settings = (ledger.read_settings(root) or settings) | given
+            settings |= ledger.read_settings(root) | {key: settings[key] for key in ("program", "metric", "mode")}
             names, swept = [file.stem for file in files], [ledger.swept_values(file) for file in files]
         else:
             names = run_names((path.stem for path in (root / "configs").glob("*.yaml")), grid)
@@ -111,9 +117,8 @@ def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[ledger.Run
         ledger.write_results(todo.root, runs)
         runs = [run for run in runs if run.name in todo.names]
         display.update(runs, ended)
-        if ended:
-            failures = failures + 1 if ended.status == "failed" else 0
-            todo.gave_up = failures >= max_failures
+        failures = failures + 1 if ended and ended.status == "failed" else 0
+        todo.gave_up |= failures >= max_failures
     finished = [run for run in runs if run.status == "finished"]
     display.print_table(sort_runs(finished, todo.metric, display.mode)[:20])
     for run in runs:

@@ -120,8 +120,7 @@ class MNISTDataModule(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Turns uint8 [N, 28, 28] into float [N, 1, 28, 28], augmented in training, normalised; on the device."""
-        images, targets = batch
-        images = images.unsqueeze(1)
+        images, targets = batch[0].unsqueeze(1), batch[1]
         if self.augment and self.trainer and self.trainer.training:
             images = self.augment.to(images.device)(images.div(255)).mul_(255)
         images = images.sub(255 * self.mean).div_(255 * self.std)
@@ -131,10 +130,9 @@ class MNISTDataModule(LightningDataModule):
         images, trainer, is_train = self.sets[name], self.trainer, name == "train"
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # of seed_everything
         processes = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        # Unlike torch's, this sampler repeats no image to make the processes' shares equal.
-        sampler: DistributedSampler = UnrepeatedDistributedSampler(images, *processes, shuffle=False)
-        if is_train:  # Lightning tells it the epoch
-            sampler = DistributedSampler(images, *processes, shuffle=True, seed=seed, drop_last=self.drop_last)
+        # Lightning tells it the epoch. Unlike torch's, its own repeats no image to make the processes' shares equal.
+        kind: type[DistributedSampler] = DistributedSampler if is_train else UnrepeatedDistributedSampler
+        sampler = kind(images, *processes, shuffle=is_train, seed=seed, drop_last=self.drop_last)
         loader = ResumableLoader(
             images,
             batch_size=self.batch_size if is_train else self.eval_batch_size,

@@ -17,18 +17,17 @@ def read_images(source: str) -> tuple[Tensor, list[str], list[str]]:
     """
     root, known = Path(source), Image.registered_extensions()
     files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.suffix.lower() in known)
-    images, names, unreadable = [], [], []
+    images, unreadable = {}, []
     for file in files:
         name = file.name if file == root else file.relative_to(root).as_posix()
         try:
             with Image.open(file) as image:
-                images.append(to_mnist(image))
-            names.append(name)
+                images[name] = to_mnist(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             unreadable.append(f"{name} ({error})")
     if not images:
         raise UserError("; ".join([f"predict_dir {source} has no readable image", *unreadable]))
-    return torch.stack(images), names, unreadable
+    return torch.stack([*images.values()]), [*images], unreadable
 
 
 def to_mnist(image: Image.Image) -> Tensor:
@@ -51,8 +50,7 @@ def to_mnist(image: Image.Image) -> Tensor:
     rows, columns = np.nonzero(ink > ink.max() / 4)  # below a quarter: paper and JPEG noise
     ink = np.where(ink > ink.max() / 8, ink, 0)[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     digit = Image.fromarray(np.uint8(255 * ink / ink.max()))
-    shrink = 20 / max(digit.size)
-    size = [max(1, round(side * shrink)) for side in digit.size]
+    size = [max(1, round(20 / max(digit.size) * side)) for side in digit.size]
     small = np.asarray(digit.resize(size, Image.Resampling.BILINEAR), dtype=np.float32)
     canvas = np.zeros((28, 28), dtype=np.float32)
     top, left = (

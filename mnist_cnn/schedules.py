@@ -28,9 +28,7 @@ class WarmupCosineLR(LambdaLR):
     ) -> None:
         if total_steps is None:
             raise ValueError("total_steps is needed without a trainer")
-        self.total_steps = total_steps
-        self.warmup_steps = round(warmup * total_steps)
-        self.final = final
+        self.total_steps, self.warmup_steps, self.final = total_steps, round(warmup * total_steps), final
         super().__init__(optimizer, self.share)
 
     def share(self, step: int) -> float:

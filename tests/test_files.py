@@ -28,8 +28,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         file.write("second")
         raise RuntimeError("halfway")
     assert path.read_bytes() == "first é\n".encode()
-    with write_atomically(path, binary=True) as file:
-        file.write(b"third")
+    with write_atomically(path) as file:
+        file.buffer.write(b"third")
     assert path.read_bytes() == b"third" and os.listdir(path.parent) == ["metrics.json"]
 
 
@@ -58,7 +58,7 @@ def test_a_runs_checkpoints_are_written_that_way(folder, monkeypatch):
 def test_run_folders_are_numbered(tmp_path):
     for name in ("version_2", "version_10", "version_x", "other"):
         (tmp_path / name).mkdir()
-    assert versions(tmp_path) == [tmp_path / "version_2", tmp_path / "version_10"]
+    assert list(versions(tmp_path).values()) == [tmp_path / "version_2", tmp_path / "version_10"]
     assert create_run(None, tmp_path, "model: CNN") == tmp_path / "version_11"
     assert (tmp_path / "version_11/config.yaml").read_text() == "model: CNN"
 

@@ -175,8 +175,8 @@ def test_a_default_that_yaml_cannot_hold_or_would_change(folder):
     exec(ODD[: ODD.index("class Odd")], namespace)
     names = list(namespace["DEFAULTS"])
     arguments = ", ".join(f"{name}: DEFAULTS['{name}'][0] = DEFAULTS['{name}'][1]" for name in names)
-    (folder / "odd.py").write_text(ODD.replace("ARGUMENTS", arguments).replace("LIST", ", ".join(names)))
-    first = main([*BRIEF, "--model.net=odd.Odd", "--model.net.l1_chan=5"])
+    (folder / "unusual.py").write_text(ODD.replace("ARGUMENTS", arguments).replace("LIST", ", ".join(names)))
+    first = main([*BRIEF, "--model.net=unusual.Odd", "--model.net.l1_chan=5"])
     assert first.model.net.arguments == repr([default for _, default in namespace["DEFAULTS"].values()])
     kept = [name for name in names if f" {name}:" in (RUN / "config.yaml").read_text()]
     assert kept == ["power", "sizes", "colour"]  # what YAML can hold

@@ -23,9 +23,8 @@ class ModelGraph(Callback):
     """Logs the graph of the net to TensorBoard, traced with the first image of the first training batch."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.current_epoch or batch_idx or not trainer.is_global_zero:
-            return
-        for logger in trainer.loggers:
+        is_first = trainer.current_epoch == batch_idx == 0 and trainer.is_global_zero
+        for logger in trainer.loggers if is_first else ():
             if isinstance(logger, TensorBoardLogger):
                 try:
                     logger.experiment.add_graph(getattr(pl_module, "net", pl_module), batch[0][:1])
@@ -49,29 +48,24 @@ class Histograms(Callback):
         self._hooks: list[Any] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._unhook()  # with accumulated gradients, the last batch of the step counts
-        if trainer.global_step % self.every_n_steps == 0 and trainer.loggers and trainer.is_global_zero:
+        is_due = trainer.global_step % self.every_n_steps == 0 and trainer.loggers and trainer.is_global_zero
+        if is_due and not self._hooks:  # with accumulated gradients, the last batch of the step counts
             layers = [(name, layer) for name, layer in pl_module.named_modules() if not list(layer.children())]
             self._hooks = [layer.register_forward_hook(partial(self._keep_output, name)) for name, layer in layers]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Logs the step's values before the parameters change."""
         if self._hooks:
-            parameters = dict(pl_module.named_parameters())
-            values = {f"act/{name}": output for name, output in self._outputs.items()}
-            values |= {f"param/{name}": parameter for name, parameter in parameters.items()}
-            values |= {f"grad/{name}": p.grad for name, p in parameters.items() if p.grad is not None}
+            values = self._outputs | {f"param/{name}": p for name, p in pl_module.named_parameters()}
+            values |= {f"grad/{name}": p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
             log_histograms(trainer, values, self.bins)
-            self._unhook()
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks, self._outputs = [], {}
 
     def _keep_output(self, name: str, module: Any, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and not isinstance(module, nn.Flatten):
-            self._outputs[name] = output.detach().clone()  # the next layer may work in place
-
-    def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._outputs = [], {}
+            self._outputs[f"act/{name}"] = output.detach().clone()  # the next layer may work in place
 
 
 class EpochProgressBar(callbacks.TQDMProgressBar):
@@ -92,9 +86,8 @@ class EpochProgressBar(callbacks.TQDMProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         if trainer.is_global_zero:
-            logged = trainer.callback_metrics.items()
+            logged, seconds = trainer.callback_metrics.items(), f"{time.monotonic() - self._start:.1f} s"
             metrics = [f"{name} {value:.4f}" for name, value in logged if not name.startswith("lr-")]
-            seconds = f"{time.monotonic() - self._start:.1f} s"
             tqdm.write("  ".join([f"epoch {trainer.current_epoch:2}", *metrics, seconds]))
 
 
@@ -109,9 +102,8 @@ class PredictionWriter(callbacks.BasePredictionWriter):
         if trainer.world_size > 1:
             raise UserError("predictions are written by one process: give --trainer.devices=1")
 
-    def write_on_epoch_end(self, trainer: Trainer, pl_module: Any, predictions: Any, batch_indices: Any) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        probabilities, names = torch.cat(predictions).cpu(), getattr(data, "predict_names", None)
+    def write_on_epoch_end(self, trainer: Any, pl_module: Any, predictions: Any, batch_indices: Any) -> None:
+        probabilities, names = torch.cat(predictions).cpu(), getattr(trainer.datamodule, "predict_names", None)
         try:
             with write_atomically(self.path) as file:
                 writer = csv.writer(file, lineterminator="\n")
@@ -122,7 +114,7 @@ class PredictionWriter(callbacks.BasePredictionWriter):
         except OSError as error:
             raise UserError(f"{self.path} is not writable: {error.strerror}") from error
         print(f"{len(probabilities)} predictions: {self.path}")
-        if unreadable := getattr(data, "unreadable", []):
+        if unreadable := getattr(trainer.datamodule, "unreadable", []):
             raise UserError(f"not predicted, because they are not readable images: {', '.join(unreadable)}")
 
 
@@ -142,10 +134,9 @@ class MonitoredMetrics(Callback):
         used = [("early_stopping.monitor", callback.monitor) for callback in trainer.early_stopping_callbacks]
         for callback in trainer.checkpoint_callbacks:
             used.append(("checkpoint.monitor", getattr(callback, "monitor", None)))
-            fields = re.findall(r"{([^:}]+)", getattr(callback, "filename", None) or "")
-            used += [("checkpoint.filename", field) for field in fields]
-        schedules = [schedule for schedule in trainer.lr_scheduler_configs if schedule.reduce_on_plateau]
-        used += [("model.lr_scheduler.monitor", schedule.monitor) for schedule in schedules]
+            name = getattr(callback, "filename", None) or ""
+            used += [("checkpoint.filename", field) for field in re.findall(r"{([^:}]+)", name)]
+        used += [("model.lr_scheduler.monitor", s.monitor) for s in trainer.lr_scheduler_configs if s.reduce_on_plateau]
         unknown = {key: metric for key, metric in used if re.match("val[/_i]", str(metric)) and metric not in logged}
         if unknown:
             found, metrics = ", ".join(logged) or "nothing", ", ".join(dict.fromkeys(unknown.values()))
@@ -161,12 +152,11 @@ class MonitoredMetrics(Callback):
 
 
 def check_callbacks(given: list[Callback], named: dict[str, Callback]) -> None:
-    """Checks the callbacks of `trainer.callbacks` beside those that have a name."""
+    """Checks `trainer.callbacks` beside the named ones; a checkpoint cannot tell two with one state_key apart."""
+    names = {callback.state_key: name for name, callback in named.items()}
     for callback in given:
-        kind = type(callback).__name__
+        kind, name = type(callback).__name__, names.get(callback.state_key)
         if isinstance(callback, callbacks.BatchSizeFinder | callbacks.LearningRateFinder):
             raise UserError(f"{kind} changes a setting that config.yaml would not have: write what it finds into YAML")
-        stateful = isinstance(callback, callbacks.ModelCheckpoint | callbacks.EarlyStopping)
-        for name, other in named.items():
-            if stateful and callback.state_key == other.state_key:  # a checkpoint could not tell them apart
-                raise UserError(f"trainer.callbacks has {kind} like {name}: change --{name}.*, or give --{name}=null")
+        if name and isinstance(callback, callbacks.ModelCheckpoint | callbacks.EarlyStopping):
+            raise UserError(f"trainer.callbacks has {kind} like {name}: change --{name}.*, or give --{name}=null")

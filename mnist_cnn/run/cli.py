@@ -56,14 +56,11 @@ class ExperimentCLI(LightningCLI):
         os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier run in this process
         args = with_subcommand(sys.argv[1:] if args is None else args)
         self.given_subcommand = args[0] if args else ""
-        self.stop = StopBySignal()
-        with self.stop:
+        with StopBySignal() as self.stop:
             try:
+                # before_fit writes config.yaml, whatever the loggers
                 super().__init__(
-                    auto_configure_optimizers=False,
-                    save_config_callback=None,  # before_fit writes it, whatever the loggers
-                    parser_class=Parser,
-                    args=args,
+                    args=args, parser_class=Parser, auto_configure_optimizers=False, save_config_callback=None
                 )
             except (Exception, SystemExit) as error:
                 self.close(status=1)
@@ -90,25 +87,23 @@ class ExperimentCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Finds the checkpoint that `best` or `last` means."""
         config = self.config[self.subcommand]
-        given = config.ckpt_path
-        if given in ("best", "last") or (given is None and self.subcommand != "fit"):
+        if config.ckpt_path in ("best", "last") or (config.ckpt_path is None and self.subcommand != "fit"):
             files = [Path(file.absolute) for file in config.config or [] if file is not None]
             root = Path(config.trainer.default_root_dir or ".")
-            config.ckpt_path = folder.find_checkpoint(root, files, given or "best")
+            config.ckpt_path = folder.find_checkpoint(root, files, config.ckpt_path or "best")
         torch.set_num_threads(config.num_threads)
         # LightningCLI would validate the config again, which takes as long as parsing it.
         dump = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False, skip_validation=True)
-        self.config_dump = yaml.load(dump, yaml.CSafeLoader)[self.subcommand]
+        # The complete config. A rerun starts at the beginning and gets a folder of its own.
+        self.config_dump = yaml.load(dump, yaml.CSafeLoader)[self.subcommand] | {"ckpt_path": None, "run_dir": None}
 
     def instantiate_classes(self) -> None:
         """Instantiates all classes, and gives the model its settings as hyperparameters."""
         super().instantiate_classes()
         if isinstance(self.model, Experiment):
             self.model.configure_optimizers()  # a trial, so that a wrong setting fails before anything is written
-        # The complete config. A rerun starts at the beginning and gets a folder of its own.
-        self.settings = {**self.config_dump, "ckpt_path": None, "run_dir": None}
         # With its settings in the checkpoint, load_from_checkpoint needs nothing else.
-        model, instantiator = self.settings["model"], "lightning.pytorch.cli.instantiate_module"
+        model, instantiator = self.config_dump["model"], "lightning.pytorch.cli.instantiate_module"
         hparams = model.get("init_args", {}) | {"_class_path": model["class_path"], "_instantiator": instantiator}
         self.hparams = {name: self.model.hparams.get(name, value) for name, value in hparams.items()}
         self.model.save_hyperparameters(self.hparams, logger=False)
@@ -158,8 +153,8 @@ class ExperimentCLI(LightningCLI):
         if path is not None:
             print(f"checkpoint: {path}")
         if self.subcommand == "fit":
-            resumed = f"# resumed from {path}\n" if path else ""
-            content = resumed + yaml.dump(self.settings, Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True)
+            header = f"# resumed from {path}\n" if path else ""
+            content = header + yaml.dump(self.config_dump, Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True)
             given = config.run_dir or next((logger.log_dir for logger in trainer.loggers if logger.log_dir), None)
             self.run = folder.create_run(Path(given) if given else None, Path(trainer.default_root_dir), content)
             for callback in trainer.checkpoint_callbacks:
@@ -171,15 +166,14 @@ class ExperimentCLI(LightningCLI):
                 logger.start(self.run)
             elif isinstance(logger, WandbLogger):
                 start_wandb(logger)
-                logger.log_hyperparams(self.settings)
+                logger.log_hyperparams(self.config_dump)
 
     before_validate = before_test = before_predict = before_fit
 
     def after_fit(self) -> None:
         """Validates and tests the best checkpoint, prints its metrics and writes them to metrics.json."""
         trainer: Any = self.trainer
-        config = self.config_init.fit
-        if trainer.fast_dev_run or not config.evaluate_best:
+        if trainer.fast_dev_run or not self.config_init.fit.evaluate_best:
             return
         seconds, epochs, best = time.monotonic() - self.start, trainer.current_epoch, folder.best_checkpoint(trainer)
         metrics: dict[str, float] = {}
@@ -196,7 +190,7 @@ class ExperimentCLI(LightningCLI):
                 print(f"{name:10} {value:.4f}")
             new = f" ({epochs - self.epochs_before} of them new)" if self.epochs_before else ""
             print(f"{epochs} epoch{'s' * (epochs != 1)}{new} in {seconds:.0f} s: {self.run}")
-            log_result(trainer, self.settings, metrics)
+            log_result(trainer, self.config_dump, metrics)
             folder.write_metrics(self.run, trainer, metrics, seconds, best)
 
     def report(self, error: BaseException) -> None:
@@ -210,10 +204,9 @@ class ExperimentCLI(LightningCLI):
             fail(f"stopped by {number.name}{resume}", 128 + number)
         while isinstance(error, ValueError) and error.__cause__:  # jsonargparse wraps the exceptions of constructors
             error = error.__cause__
-        mistakes: tuple[type[Exception], ...] = (UserError, MisconfigurationException, FloatingPointError)
-        if not hasattr(self, "settings"):  # what a constructor refuses is a wrong setting
-            mistakes += (ValueError, ImportError)
-        if isinstance(error, mistakes) or re.search("Early stopping conditioned|more than one stateful", str(error)):
+        mistake = isinstance(error, UserError | MisconfigurationException | FloatingPointError)
+        refused = isinstance(error, ValueError | ImportError) and not hasattr(self, "hparams")  # by a constructor
+        if mistake or refused or re.search("Early stopping conditioned|more than one stateful", str(error)):
             fail(str(error))
 
     def close(self, status: int) -> None:

@@ -1,10 +1,9 @@
 """User mistakes, reported in one line, and the argument parser that reports them."""
 
+import argparse
 import difflib
 import inspect
-import itertools
 import json
-import os
 import pydoc
 import re
 import sys
@@ -18,8 +17,7 @@ from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import Optimizer, lr_scheduler
 
 # Lines of jsonargparse's messages that say where it looked, not what is wrong.
 NOISE = re.compile(r"Expected a path but|Does not|Subtypes|Errors|Expected (a )?<class 'None|Problem|Given value")
@@ -67,7 +65,7 @@ def convert(value: Any) -> Any:
         return [convert(item) for item in value]
     if isinstance(value, str) and "${" in value:
         raise UserError(f"{value}: nothing replaces ${{...}}, write the value itself")
-    return None if value == "None" else os.path.expanduser(value) if str(value).startswith("~/") else value
+    return None if value == "None" else str(Path(value).expanduser()) if str(value).startswith("~/") else value
 
 
 def drop_defaults(config: Any) -> None:
@@ -101,18 +99,15 @@ class Parser(LightningArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Moves config files to the front, so that options override them; None and ~/ mean what they do in a file."""
-        files: list[str] = []
-        options: list[str] = []
-        rest = iter(sys.argv[1:] if args is None else args)
-        for arg in rest:
-            key, value = re.match(r"(--[^=]+=)?(.*)", arg, re.DOTALL).groups("")  # type: ignore[union-attr]
-            if arg in ("--config", "-c"):
-                files += [arg, *map(convert, itertools.islice(rest, 1))]
-            else:
-                value = convert(value)
-                (files if key == "--config=" else options).append(key + ("null" if value is None else value))
+        files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        files.add_argument("-c", "--config", action="append", default=[], nargs="?")
+        found, options = files.parse_known_args(args)
         start = bool(options) and not options[0].startswith("-")  # a subcommand stays in front
-        return super().parse_args([*options[:start], *files, *options[start:]], *more, **kwargs)
+        options[start:start] = [f"--config={file}" if file else "--config" for file in found.config]
+        for index, option in enumerate(options):
+            key, value = re.match(r"(--[^=]+=)?(.*)", option, re.DOTALL).groups("")  # type: ignore[union-attr]
+            options[index] = key + ("null" if (value := convert(value)) is None else value)
+        return super().parse_args(options, *more, **kwargs)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Checks a config file; jsonargparse would not name it."""
@@ -138,12 +133,11 @@ class Parser(LightningArgumentParser):
 def explain(message: str, known: Iterable[str] = ()) -> str:
     """Shortens jsonargparse's message, of up to 65 lines, to the key, the innermost reason and the value."""
     key = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
-    if unknown := re.search(r"ption '([\w.]+)'|arguments: --([\w.]+)", message):
-        name = unknown[1] or unknown[2]
+    if unknown := re.search(r"(?:ption '|arguments: --)([^'\s=]+)", message):
+        name, prefix = unknown[1], key and f"{key}."
         if classes := re.findall(r"class_path[= ]'([\w.]+)'", message):
             known = inspect.signature(pydoc.locate(classes[-1])).parameters  # type: ignore[arg-type]
-        prefix, (first, dot, rest) = key and f"{key}.", name.partition(".")
-        similar = nearest(name, known, prefix + "{}")
+        similar, (first, dot, rest) = nearest(name, known, prefix + "{}"), name.partition(".")
         if dot and first not in (groups := {each.partition(".")[0] for each in known}):  # --early_stoping.patience
             similar = nearest(first, groups, f"{prefix}{{}}.{rest}")
         order = "; an option that chooses its class must stand before it" if key else ""
@@ -151,7 +145,7 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
     lines = re.split(r"\n[ -]*|Type typing\..* class: |Parser key \S+: ?|\. Got value: ", message)
     reason = next((line for line in lines if line.strip() and not NOISE.match(line)), message)
     if missing := re.search(r"dot import path string: (\S+)", reason):
-        kinds: list[type[Any]] = [nn.Module, LightningDataModule, Optimizer, LRScheduler, Callback, Logger]
+        kinds: list[type[Any]] = [nn.Module, LightningDataModule, Optimizer, lr_scheduler.LRScheduler, Callback, Logger]
         for kind in kinds:  # grows while it is walked
             kinds += kind.__subclasses__()
         similar = nearest(missing[1], [kind.__name__ for kind in kinds if "torchvision" not in kind.__module__])

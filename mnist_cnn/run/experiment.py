@@ -31,7 +31,6 @@ class Experiment(LightningModule):
         super().__init__()
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self._outputs: list[tuple[int, dict[str, Tensor]]] = []  # of the batches not yet logged, each with its step
-        self._window = 0  # global_step // log_every_n_steps at the last logged step
 
     def configure_optimizers(self) -> Any:
         """The injected optimizer, with the injected schedule if there is one."""
@@ -58,12 +57,10 @@ class Experiment(LightningModule):
 
     def on_train_start(self) -> None:
         """Checks that the schedule lasts until the end of training."""
-        trainer: Any = self.trainer
-        self._window = self.global_step // max(1, trainer.log_every_n_steps)
-        for config in trainer.lr_scheduler_configs:
+        for config in self.trainer.lr_scheduler_configs:
             planned = getattr(config.scheduler, "total_steps", None)  # a checkpoint may have restored it
-            if planned and planned < trainer.estimated_stepping_batches < math.inf:
-                steps = f"the schedule is for {planned} steps, training makes {trainer.estimated_stepping_batches}"
+            if planned and planned < self.trainer.estimated_stepping_batches < math.inf:
+                steps = f"the schedule is for {planned} steps, training makes {self.trainer.estimated_stepping_batches}"
                 raise UserError(f"{steps}: leave total_steps out, or resume with the same number of epochs")
 
     def on_train_epoch_start(self) -> None:
@@ -76,15 +73,15 @@ class Experiment(LightningModule):
 
         Reading the loss at every step would make a GPU wait; `self.log` would cost as much as a small net's backward.
         """
-        step, interval = self.global_step, max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
         if outputs and "loss" in outputs:
-            self._outputs.append((step, {name: value.detach() for name, value in outputs.items()}))
-        if step // interval != self._window and self._outputs:
-            self._window = step // interval
+            self._outputs.append((self.global_step, {name: value.detach() for name, value in outputs.items()}))
+        stepped = trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if stepped and self.global_step % max(1, trainer.log_every_n_steps) == 0 and self._outputs:
             self.check_losses()
             for name in self._outputs[-1][1]:
                 mean = torch.cat([of_batch[name].flatten() for _, of_batch in self._outputs]).float().mean()
-                divisor = self.trainer.accumulate_grad_batches if name == "loss" else 1  # of Lightning's
+                divisor = trainer.accumulate_grad_batches if name == "loss" else 1  # of Lightning's
                 self.log(f"train/{name}", mean * divisor)
             self._outputs.clear()
 

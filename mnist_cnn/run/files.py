@@ -4,21 +4,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 
 @contextmanager
-def write_atomically(path: str | os.PathLike, binary: bool = False) -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path`, UTF-8 or binary, which replaces `path` if the block raises no exception."""
+def write_atomically(path: str | os.PathLike) -> Iterator[TextIO]:
+    """Opens a temporary file beside `path`, in UTF-8, which replaces `path` if the block raises no exception."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    text: Any = {} if binary else {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
     try:
-        with open(temporary, "wb" if binary else "w", **text) as file:
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:  # file names may be any bytes
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -33,5 +32,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if "://" in str(path):  # not a local file
             return super().save_checkpoint(checkpoint, path, storage_options)
-        with write_atomically(path, binary=True) as file:
-            torch.save(checkpoint, file)
+        with write_atomically(path) as file:
+            torch.save(checkpoint, file.buffer)

@@ -18,20 +18,18 @@ from mnist_cnn.run.files import write_atomically
 
 def create_run(given: Path | None, root: Path, config: str) -> Path:
     """Creates the folder of a run with its config.yaml; it is the next free version_N in `root` if none is given."""
-    number = max((int(folder.name[8:]) for folder in versions(root)), default=-1) + 1
-    run = given or root / f"version_{number}"
+    run = given or root / f"version_{max(versions(root), default=-1) + 1}"
     try:
         run.mkdir(parents=True, exist_ok=given is not None)
         if contents(run):
-            raise FileExistsError
+            raise UserError(f"{run} holds a run already: give the run another folder")
         with open(run / "config.yaml", "x", encoding="utf-8") as file:  # only one of two processes succeeds
             file.write(config)
-    except FileExistsError as error:
-        if given is None and run.exists():  # another process was faster
-            return create_run(given, root, config)
-        raise UserError(f"{run} holds a run already: give the run another folder") from error
     except OSError as error:
-        discard(run)
+        if given is None and isinstance(error, FileExistsError) and run.is_dir():  # another process was faster
+            return create_run(given, root, config)
+        if not isinstance(error, FileExistsError):  # that of another process
+            discard(run)
         raise UserError(f"{error.filename or run} is not writable: {error.strerror}") from error
     return run
 
@@ -50,10 +48,9 @@ def discard(run: Path) -> None:
             folder.rmdir()
 
 
-def versions(root: Path) -> list[Path]:
-    """The folders version_N of a folder, in the order of N."""
-    found = [folder for folder in root.glob("version_*") if folder.name[8:].isdigit()]
-    return sorted(found, key=lambda folder: int(folder.name[8:]))
+def versions(root: Path) -> dict[int, Path]:
+    """N -> version_N: the numbered folders in `root`, in the order of N."""
+    return dict(sorted((int(path.name[8:]), path) for path in root.glob("version_*") if path.name[8:].isdigit()))
 
 
 def best_checkpoint(trainer: Trainer) -> str | None:
@@ -64,10 +61,9 @@ def best_checkpoint(trainer: Trainer) -> str | None:
 
 def write_metrics(run_dir: Path, trainer: Trainer, metrics: dict[str, float], seconds: float, best: str | None) -> None:
     """Writes metrics.json, which marks a run as finished, with the metrics of its best checkpoint."""
-    path = best and os.path.relpath(best, run_dir)
-    content = metrics | {"epochs": trainer.current_epoch, "seconds": seconds, "best_checkpoint": path}
+    content = metrics | {"epochs": trainer.current_epoch, "seconds": seconds}
     with write_atomically(run_dir / "metrics.json") as file:
-        json.dump(content, file, indent=2)
+        json.dump(content | {"best_checkpoint": best and os.path.relpath(best, run_dir)}, file, indent=2)
 
 
 def run_of(config: Path) -> Path | None:
@@ -83,14 +79,13 @@ def find_checkpoint(root: Path, config_files: list[Path], which: str) -> str:
     last = "checkpoints/last.ckpt"
     marks = [last] if which == "last" else ["checkpoints", "metrics.json"]  # a killed run may have none
     given = [run for file in config_files if (run := run_of(file.resolve()))]
-    if not (runs := given or [run for run in versions(root) if any((run / mark).exists() for mark in marks)]):
+    if not (runs := given or [run for run in versions(root).values() if any((run / mark).exists() for mark in marks)]):
         raise UserError(f"there is no run with a checkpoint in {root}: run fit first, or give --ckpt_path=FILE")
     run = Path(os.path.relpath(runs[-1]))
-    path, metrics = run / last, run / "metrics.json"
-    if which == "best":
-        if not metrics.exists():
-            raise UserError(f"{run} has no metrics.json, it did not finish: give --ckpt_path=last, or a file")
-        path = run / (json.loads(metrics.read_text())["best_checkpoint"] or "checkpoints")
+    metrics = run / "metrics.json"
+    if which == "best" and not metrics.exists():
+        raise UserError(f"{run} has no metrics.json, it did not finish: give --ckpt_path=last, or a file")
+    path = run / (last if which == "last" else json.loads(metrics.read_text())["best_checkpoint"] or "checkpoints")
     if not path.is_file():
         raise UserError(f"{run} has no {which} checkpoint ({path}): give --ckpt_path=FILE")
     if run.resolve() not in path.resolve().parents and path.stat().st_mtime > metrics.stat().st_mtime:
@@ -114,9 +109,8 @@ def read_checkpoint(path: str, model: LightningModule, weights_only: bool | None
 def reopen_cut_epoch(checkpoint: dict[str, Any]) -> None:
     """Takes back the end of an epoch that max_steps has cut short; Lightning would count it, and mix its batches up."""
     loop = checkpoint["loops"]["fit_loop"]
-    epochs = loop["epoch_progress"]
     if not loop["epoch_loop.batch_progress"]["is_last_batch"]:
-        for progress in (epochs["current"], epochs["total"]):
+        for progress in loop["epoch_progress"].values():  # current and total
             progress["processed"] = min(progress["processed"], progress["ready"] - 1)
 
 

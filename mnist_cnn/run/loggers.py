@@ -64,22 +64,16 @@ def log_result(trainer: Trainer, settings: dict[str, Any], metrics: dict[str, fl
 
 def log_histograms(trainer: Trainer, values: dict[str, Tensor], bins: int) -> None:
     """Logs a histogram of each tensor's finite values to each TensorBoardLogger and WandbLogger."""
-    step = trainer.global_step
-    of_wandb: dict[str, Any] = {}
-    boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    for tag, value in values.items():
-        array = value.detach().float().cpu().numpy()  # CUDA's histograms are not deterministic
-        array = array[np.isfinite(array)]
-        if not array.size:
-            continue
-        counts, edges = np.histogram(array, bins)
-        of_wandb[tag] = wandb.Histogram(np_histogram=(counts, edges))
-        sums = array.min(), array.max(), array.size, array.sum(), np.square(array).sum()
-        for board in boards:
-            board.add_histogram_raw(tag, *sums, edges.tolist(), [0, *counts.tolist()], step)
+    # On the CPU, since CUDA's histograms are not deterministic.
+    arrays = {tag: value.detach().float().cpu().numpy() for tag, value in values.items()}
+    finite = {tag: array[np.isfinite(array)] for tag, array in arrays.items() if np.isfinite(array).any()}
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_metrics(of_wandb, step)
+        if isinstance(logger, TensorBoardLogger):
+            for tag, array in finite.items():
+                logger.experiment.add_histogram(tag, array, trainer.global_step, bins)
+        elif isinstance(logger, WandbLogger):
+            histograms: Any = {tag: wandb.Histogram(array, num_bins=bins) for tag, array in finite.items()}
+            logger.log_metrics(histograms, trainer.global_step)
 
 
 def log_figure(trainer: Trainer, tag: str, figure: Figure) -> None:
@@ -102,14 +96,13 @@ def start_wandb(logger: WandbLogger) -> None:
         if not wandb.login(prompt=False, verify=False) and "WANDB_MODE" not in os.environ:
             wandb.setup(wandb.Settings(mode="offline"))
         run = logger.experiment
+        if not run.offline and run.url:
+            print(f"W&B: {run.url}")
     except wandb.Error as error:
         print(f"W&B: {str(error).partition(chr(10))[0]}; the run is logged offline", file=sys.stderr)
-        wandb.setup(wandb.Settings(mode="offline"))
-        run = logger.experiment
+        wandb.setup(wandb.Settings(mode="offline"))  # logger.experiment starts the run when it is next used
     except ValueError as error:
         raise UserError(f"WANDB_MODE={os.environ.get('WANDB_MODE')} is not one of W&B's modes") from error
-    if not run.offline and run.url:
-        print(f"W&B: {run.url}")
 
 
 def finish_wandb(status: int, keep: bool) -> None:

@@ -25,8 +25,6 @@ class TestPictures(Callback):
         num_worst: Number of images with the highest loss.
     """
 
-    __test__ = False  # not a test class of pytest
-
     def __init__(self, num_worst: PositiveInt = 25) -> None:
         self.num_worst = num_worst
 
@@ -46,18 +44,15 @@ class TestPictures(Callback):
         seen = {"loss": loss, "image": images, "target": targets, "predicted": predicted, "probability": probability}
         self._keep_worst({key: torch.cat([self._worst[key], seen[key]]) for key in seen} if self._worst else seen)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._confusion is None:
+    def on_test_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        if self._confusion is None or not trainer.loggers:
             return
         counts = self._confusion.compute()  # gathers those of all processes
         if trainer.world_size > 1:
             gathered: Any = pl_module.all_gather(self._worst)
             self._keep_worst({key: value.flatten(0, 1) for key, value in gathered.items()})
-        if not (trainer.is_global_zero and trainer.loggers):
-            return
         right, total = int(counts.trace()), int(counts.sum())
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        classes = getattr(data, "classes", None) or [str(index) for index in range(len(counts))]
+        classes = getattr(trainer.datamodule, "classes", None) or [str(index) for index in range(len(counts))]
         figure = Figure(figsize=(8, 8))
         axes = figure.add_axes((0.12, 0.12, 0.85, 0.82))
         axes.set_title(f"test: {total - right:,} errors among {total:,} images, accuracy {right / total:.4f}")

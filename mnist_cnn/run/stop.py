@@ -21,28 +21,22 @@ class StopBySignal(Checkpoint):
     without a new checkpoint. As a context manager, it installs the signal handlers.
     """
 
-    def __init__(self) -> None:
-        self.path: Path | None = None  # of the checkpoint; None: write none
-        self.received: signal.Signals | None = None
-        self.trained = False  # whether this process has made a step
-        self._in_training = False
-        self._random_state: dict[str, torch.Tensor] = {}
+    path: Path | None = None  # of the checkpoint; None: write none
+    received: signal.Signals | None = None
+    trained = False  # whether this process has made a step
+    _in_training = False
+    _random_state: dict[str, torch.Tensor] | None = None
 
     def __enter__(self) -> "StopBySignal":
         self._process = os.getpid()
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         # A signal that is ignored, as by nohup, stays ignored.
-        self._before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
-        self._install_handlers()
+        numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-    def _install_handlers(self) -> None:
-        for number in self._before:
-            signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: Any) -> None:
         if os.getpid() != self._process:
@@ -54,7 +48,8 @@ class StopBySignal(Checkpoint):
         os.write(2, b"\n" * os.isatty(2) + b"stopping after this step; press Ctrl-C again to quit now\n")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._install_handlers()  # instead of Lightning's
+        for number in self._before:
+            signal.signal(number, self._receive)  # instead of Lightning's
         self._in_training = True
         if trainer.fit_loop.restarted_mid_epoch:  # Lightning omits this hook, in which callbacks set up an epoch
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -65,11 +60,10 @@ class StopBySignal(Checkpoint):
                 torch.cuda.set_rng_state(self._random_state["cuda"].cpu())
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Stops within an epoch, at a step after which no validation is due and no gradients are left over."""
+        """Stops within an epoch, where no validation is due, not even a last one, and no gradients are left over."""
         self.trained = True
         done = args[-1] + 1  # batches of this epoch
-        ends = trainer.is_last_batch or trainer.should_stop  # before a last validation
-        validates = ends or done % (trainer.val_check_batch or math.inf) == 0
+        validates = trainer.is_last_batch or trainer.should_stop or done % (trainer.val_check_batch or math.inf) == 0
         if self.received and not validates and done % trainer.accumulate_grad_batches == 0:
             self.on_train_epoch_end(trainer)
             self._exit()
@@ -78,9 +72,6 @@ class StopBySignal(Checkpoint):
         """Saves the state; training goes on until the epoch's metrics are logged."""
         if self.received and self.path is not None and trainer.world_size == 1:
             trainer.save_checkpoint(str(self.path))
-
-    def on_train_epoch_start(self, *_: Any) -> None:
-        self._exit()
 
     def on_train_end(self, *_: Any) -> None:
         self._in_training = False
@@ -94,15 +85,15 @@ class StopBySignal(Checkpoint):
             return
         keep_best_checkpoints(trainer, checkpoint)
         reopen_cut_epoch(checkpoint)
+        self._random_state = checkpoint["callbacks"].get(self.state_key)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The state of the random numbers, with which dropout continues in the middle of an epoch."""
         cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
         return {"cpu": torch.get_rng_state(), **cuda}
 
-    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        self._random_state = state_dict
-
-    def _exit(self) -> None:
+    def _exit(self, *_: Any) -> None:
         if self.received:
             raise SystemExit(128 + self.received)
+
+    on_train_epoch_start = _exit  # type: ignore[assignment]

@@ -62,8 +62,7 @@ class Display:
             value = show_metric(ended.metrics.get(self.metric))
             result = f"{self.metric} {value}" if ended.status == "finished" else f"{ended.status}: {ended.reason}"
             self.say("  ".join([count, ended.name.ljust(max(len(run.name) for run in runs)), result, *parts]))
-        bar = "\u2501" * (20 * done // len(runs))
-        self.progress = "  ".join([f"{bar:20} {count}", *parts])
+        self.progress = "  ".join([f"{'━' * (20 * done // len(runs)):20} {count}", *parts])
 
     def print_table(self, runs: list[Run]) -> None:
         """Prints one row per run: number, swept values, metrics; rows are cut to the terminal's width."""

@@ -33,15 +33,6 @@ def flat_keys(settings: dict[str, Any]) -> dict[str, Any]:
     return dict(flat)
 
 
-def check_grid(grid: dict[str, Any]) -> None:
-    """Checks that each axis is a list of different values."""
-    if not grid:
-        raise UserError("the grid is empty: give --config, --grid or --config_dir")
-    for key, values in grid.items():
-        if not isinstance(values, list) or not values or len(set(map(json.dumps, values))) < len(values):
-            raise UserError(f"grid: {key} must be a list of different values, got {json.dumps(values)}")
-
-
 def short_names(keys: Iterable[str]) -> dict[str, str]:
     """The last word of each key, or the whole key without init_args and class_path if another one ends so."""
     whole = {key: re.sub(r"\.(init_args|class_path)\b", "", key) for key in keys}
@@ -142,16 +133,15 @@ def complete_configs(parse: Callable[[Point], Config], points: list[Point]) -> l
     """
     parse, axes = functools.cache(parse), range(len(points[0]))
     first = parse(points[0])
-    changed = functools.cache(lambda point: changes(first, parse(point)))
 
-    def select(point: Point, group: set[int]) -> Point:  # with the first values of the other axes
-        return tuple(index if axis in group else 0 for axis, index in enumerate(point))
+    def changed(point: Point, group: set[int]) -> Config:  # with the first values of the other axes
+        return changes(first, parse(tuple(index if axis in group else 0 for axis, index in enumerate(point))))
 
     def combine(point: Point, groups: list[set[int]]) -> Config:
-        config = first | {path: value for group in groups for path, value in changed(select(point, group)).items()}
+        config = first | {path: value for group in groups for path, value in changed(point, group).items()}
         return {path: value for path, value in config.items() if value is not ...}
 
-    paths = [{path for point in points for path in changed(select(point, {axis}))} for axis in axes]
+    paths = [{path for point in points for path in changed(point, {axis})} for axis in axes]
     related = {axis for axis, other in itertools.permutations(axes, 2) if paths[axis] & paths[other]}
     groups = [related, *({axis} for axis in axes if axis not in related)]
     samples = [*points[:: len(points) // 3 + 1], points[-1]]

@@ -37,7 +37,6 @@ class Run:
 
 def lock(root: Path, name: str, timeout: float = -1) -> Any:
     """Acquires a lock, which is released when its process ends; raises Timeout if another process holds it."""
-    (root / ".locks").mkdir(parents=True, exist_ok=True)
     return FileLock(root / ".locks" / f"{name}.lock").acquire(timeout=timeout)
 
 
@@ -101,8 +100,7 @@ def write_sweep(root: Path, settings: dict[str, Any], configs: dict[str, str]) -
 
 def changes(old: Config, new: Config) -> Config:
     """The new value of each path that differs; ... if the path is gone. 1, 1.0 and true differ."""
-    pairs = {path: (old.get(path, ...), new.get(path, ...)) for path in {**old, **new}}
-    return {path: after for path, (before, after) in pairs.items() if repr(before) != repr(after)}
+    return {path: new.get(path, ...) for path in {**old, **new} if repr(old.get(path, ...)) != repr(new.get(path, ...))}
 
 
 def to_yaml(config: Config, swept: dict[str, Any]) -> str:

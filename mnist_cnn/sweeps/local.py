@@ -1,8 +1,6 @@
 """Executes runs on this machine, one after another, each in a process of its own."""
 
 import contextlib
-import gc
-import importlib
 import multiprocessing
 import os
 import re
@@ -25,9 +23,6 @@ from mnist_cnn.run.folder import write_metrics
 from mnist_cnn.sweeps.display import Display
 from mnist_cnn.sweeps.grid import import_program
 from mnist_cnn.sweeps.ledger import Run, lock, read_run, run_number, write_status
-
-# A forked process has everything imported, and the caches that checking the configs filled: a run starts in a second.
-CONTEXT: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
 @dataclass
@@ -55,8 +50,7 @@ class Sweep:
 def run_all(sweep: Sweep, display: Display) -> Iterator[Run]:
     """Executes the runs that are not finished, and yields each; waits for those that other processes execute."""
     if any("WandbLogger" in config.read_text(encoding="utf-8") for config in (sweep.root / "configs").glob("*.yaml")):
-        importlib.import_module("wandb.sdk.launch")  # W&B would import it in each run, which takes a second
-    gc.freeze()  # what exists now stays in memory that the forked processes share
+        import wandb.sdk.launch  # noqa: F401  W&B would import it in each run, which takes a second
     while unfinished := [name for name in sweep.names if sweep.is_open(name)]:
         for name in unfinished:
             if sweep.interrupts or sweep.gave_up:
@@ -73,7 +67,9 @@ def execute(sweep: Sweep, name: str, display: Display) -> Run:
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(exist_ok=True)
     (log := run / "output.log").touch()
-    process = CONTEXT.Process(target=run_alone, args=(run.absolute(), sweep.program))
+    # A forked process has all that is imported, and the caches that checking the configs filled: it starts in a second.
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    process = context.Process(target=run_alone, args=(run.absolute(), sweep.program))
     process.start()
     while process.is_alive():
         display.show(f"{run_number(name)}  {last_line(log)}")
@@ -101,8 +97,6 @@ class Recorder(Callback):
         self.seen: dict[str, Any] = {}
 
     def on_validation_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.sanity_checking:
-            return
         fitting, logged = trainer.state.fn == "fit", dict(trainer.callback_metrics)
         # What is not logged anew stays the same object.
         new = {name: value.item() for name, value in logged.items() if value is not self.seen.get(name)}

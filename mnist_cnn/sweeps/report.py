@@ -32,8 +32,7 @@ def report(folder: Path) -> Path:
     """
     settings = {"metric": "val/acc", "mode": "max", "program": "main:main"} | read_settings(folder)
     metric, mode = settings["metric"], settings["mode"]
-    runs = read_runs(folder, metric)
-    if not runs:
+    if not (runs := read_runs(folder, metric)):
         raise UserError(f"{folder} is not the folder of a sweep: it has no configs/*.yaml")
     ranked = sort_runs(runs, metric, mode)
     finished = [run for run in ranked if metric in run.metrics]
@@ -61,7 +60,7 @@ def report(folder: Path) -> Path:
         pictures=events[0][1] if finished else {},
         verdict=verdict,
         losses_plot=draw_curves(losses, "loss"),
-        parallel_plot=draw_parallel(finished, labels, metric, mode),
+        parallel_plot=draw_parallel([run for run in runs if metric in run.metrics], labels, metric, mode),
         curve=tag,
         curves_plot=draw_curves(curves, tag),
         missing=len(finished) - len(curves),
@@ -121,8 +120,7 @@ def explained(*groups: list[float]) -> float | None:
 
 
 def draw_parallel(runs: list[Run], labels: dict[str, dict[str, str]], metric: str, mode: str) -> go.Figure:
-    """Draws each run as a line through its metric and the labels of its settings; the best one is darkest."""
-    runs = sorted(runs, key=lambda run: run.name)  # so that the values of a setting are in the order of the grid
+    """Draws runs, in the order of the grid, as lines through their metric and settings; the best one is darkest."""
     metrics = [run.metrics[metric] for run in runs]
     axes: list[dict[str, Any]] = [{"label": metric, "values": metrics}]
     for name in dict.fromkeys(name for run in runs for name in labels[run.name]):

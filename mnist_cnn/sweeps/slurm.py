@@ -1,12 +1,9 @@
 """Executes runs as SLURM jobs, by submitit. Ctrl-C only stops the waiting; the same command submits the rest again."""
 
 import contextlib
-import functools
-import importlib.util
 import io
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -47,12 +44,6 @@ class Slurm:
     poll: PositiveFloat = 10.0
 
 
-def check_cluster() -> None:
-    """Raises a UserError if jobs cannot be submitted from here."""
-    if not (importlib.util.find_spec("submitit") and shutil.which("sbatch")):
-        raise UserError("launcher slurm needs SLURM's commands on PATH, and submitit: pip install '.[cluster]'")
-
-
 def run_job(sweep: Sweep, name: str) -> None:
     """What a job does: executes the run, unless it is finished or another process executes it."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # with it, submitit would end the run before its time is up
@@ -82,15 +73,14 @@ def submit(sweep: Sweep, names: list[str], slurm: Slurm) -> dict[str, Any]:
     )
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the error has sbatch's message, too
-            return dict(zip(names, executor.map_array(functools.partial(run_job, sweep), names)))
+            return dict(zip(names, executor.map_array(run_job, [sweep] * len(names), names)))
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise UserError(f"SLURM refuses the jobs: {error}") from error
 
 
 def run_all(sweep: Sweep, display: Display, slurm: Slurm) -> Iterator[Run]:
     """Submits the runs that are not finished, waits for their jobs, and yields each run whose job has ended."""
-    unfinished = [name for name in sweep.names if sweep.is_open(name)]
-    if not unfinished:
+    if not (unfinished := [name for name in sweep.names if sweep.is_open(name)]):
         return
     jobs = submit(sweep, unfinished, slurm)
     array = jobs[unfinished[0]].job_id.partition("_")[0]
