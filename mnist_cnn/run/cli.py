@@ -85,7 +85,7 @@ class ExperimentCLI(LightningCLI):
         """Overrides LightningCLI's, which would take settings from the checkpoint; here they come from the YAML."""
 
     def before_instantiate_classes(self) -> None:
-        """Finds the checkpoint that `best` or `last` means."""
+        """Finds the checkpoint that `best` or `last` means, and keeps the complete config."""
         config = self.config[self.subcommand]
         if config.ckpt_path in ("best", "last") or (config.ckpt_path is None and self.subcommand != "fit"):
             files = [Path(file.absolute) for file in config.config or [] if file is not None]
