@@ -237,6 +237,7 @@ MISTAKES = {
     # what is given: what the line must say
     "--modle.net=CNN": ["modle.net", "did you mean model"],
     "--trainer.max_epoch=3": ["trainer.max_epoch ", "did you mean trainer.max_epochs"],
+    "--trainr.max_epochs=3": ["trainr.max_epochs", "did you mean trainer.max_epochs?"],
     "--early_stoping.patience=3": ["early_stoping.patience", "did you mean early_stopping.patience?"],
     "--model.nett.l1_chan=3": ["model.nett.l1_chan", "did you mean model.net.l1_chan?"],
     "--model.net.l1_chn=3": ["model.net.l1_chn", "did you mean model.net.l1_chan?"],
