@@ -1,4 +1,4 @@
-"""Callbacks of every experiment: graph, histograms, progress, and the file that predict writes."""
+"""Callbacks of every experiment: graph, histograms, progress, predict's file, and checks of what is monitored."""
 
 import csv
 import re

@@ -58,7 +58,6 @@ class ExperimentCLI(LightningCLI):
         self.given_subcommand = args[0] if args else ""
         with StopBySignal() as self.stop:
             try:
-                # before_fit writes config.yaml, whatever the loggers
                 super().__init__(
                     args=args, parser_class=Parser, auto_configure_optimizers=False, save_config_callback=None
                 )
@@ -135,7 +134,7 @@ class ExperimentCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Checks the checkpoint, creates the folder of a fit, and starts the loggers."""
+        """Checks the checkpoint, creates the folder and config.yaml of a fit, whatever the loggers; starts these."""
         self.start, self.epochs_before = time.monotonic(), 0
         trainer, config = self.trainer, self.config[self.subcommand]
         path = config.ckpt_path

@@ -97,7 +97,8 @@ class Experiment(LightningModule):
 
     def check_losses(self) -> None:
         """Raises a FloatingPointError if a training loss since the last logged step is not finite."""
-        for step, outputs in self._outputs:
-            if not outputs["loss"].isfinite():
-                place = f"step {step} (epoch {self.current_epoch})"
-                raise FloatingPointError(f"train/loss is not finite at {place}: it diverged; lower the learning rate")
+        losses = [outputs["loss"] for _, outputs in self._outputs]
+        finite = torch.stack(losses).isfinite().tolist() if losses else []  # a GPU is waited for once
+        if not all(finite):
+            place = f"step {self._outputs[finite.index(False)][0]} (epoch {self.current_epoch})"
+            raise FloatingPointError(f"train/loss is not finite at {place}: it diverged; lower the learning rate")

@@ -66,7 +66,7 @@ def log_histograms(trainer: Trainer, values: dict[str, Tensor], bins: int) -> No
     """Logs a histogram of each tensor's finite values to each TensorBoardLogger and WandbLogger."""
     # On the CPU, since CUDA's histograms are not deterministic.
     arrays = {tag: value.detach().float().cpu().numpy() for tag, value in values.items()}
-    finite = {tag: array[np.isfinite(array)] for tag, array in arrays.items() if np.isfinite(array).any()}
+    finite = {tag: kept for tag, array in arrays.items() if (kept := array[np.isfinite(array)]).size}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             for tag, array in finite.items():
