@@ -1,12 +1,14 @@
 """The command line: `python main.py {fit,validate,test,predict} --config configs/base.yaml [--key=value ...]`."""
 
+from pathlib import Path
+
 import mnist_cnn  # noqa: F401  gives its classes short names in YAML
 from mnist_cnn.run.cli import ExperimentCLI
 
 
 def main(args: list[str] | None = None) -> ExperimentCLI:
     """Runs what the arguments (None: those of the process) ask for; returns config, model, datamodule and trainer."""
-    return ExperimentCLI(args)
+    return ExperimentCLI(args, defaults=Path(__file__).parent / "configs/defaults.yaml")
 
 
 if __name__ == "__main__":

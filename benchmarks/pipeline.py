@@ -33,9 +33,10 @@ class PerImage(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Splits the training images."""
-        data = datasets.MNIST(REPO / "data", transform=transforms.ToTensor())
-        self.train, self.val = random_split(data, [54_000, 6_000], torch.Generator().manual_seed(51))
-        self.test = datasets.MNIST(REPO / "data", train=False, transform=transforms.ToTensor())
+        transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+        data = datasets.MNIST(REPO / "data", transform=transform)
+        self.train, self.val = random_split(data, [54_000, 6_000], torch.Generator().manual_seed(0))
+        self.test = datasets.MNIST(REPO / "data", train=False, transform=transform)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches."""

@@ -23,7 +23,7 @@ class LitClassifier(Experiment):
         label_smoothing: Share of each target that is spread over all classes, in training only (Szegedy et al.,
             Rethinking the Inception Architecture, 2016); from 0 to 1.
         channels_last: Stores a pixel's channels side by side: faster convolutions on many CPUs and GPUs; results
-            differ in the last digits.
+            differ in the last digits. Lazy layers need False.
     """
 
     def __init__(

@@ -28,7 +28,8 @@ class WarmupCosineLR(LambdaLR):
     ) -> None:
         if total_steps is None:
             raise ValueError("total_steps is needed without a trainer")
-        self.total_steps, self.warmup_steps, self.final = total_steps, round(warmup * total_steps), final
+        # Plain numbers, so that a checkpoint has no classes of jsonargparse.
+        self.total_steps, self.warmup_steps, self.final = int(total_steps), round(warmup * total_steps), float(final)
         super().__init__(optimizer, self.share)
 
     def share(self, step: int) -> float:

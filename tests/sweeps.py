@@ -11,7 +11,7 @@ from pathlib import Path
 import conftest
 import pytest
 import yaml
-from conftest import BASE, REPO, SHORT
+from conftest import BASE, REPO, SHORT, SMALL
 
 import sweep
 
@@ -29,7 +29,7 @@ NAMES = [
 
 def settings(folder: Path, **changes) -> list[str]:
     """Writes a tiny sweep of base.yaml without loggers; returns the command-line arguments for it."""
-    fixed = dict(option.removeprefix("--").split("=") for option in [BASE[2], *SHORT]) | QUIET
+    fixed = dict(option.removeprefix("--").split("=") for option in [BASE[2], *SMALL, *SHORT]) | QUIET
     content = {"name": "tiny", "base": str(REPO / "configs/base.yaml"), "grid": GRID, "fixed": fixed} | changes
     (folder / "tiny.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return ["--config=tiny.yaml"]
@@ -37,7 +37,7 @@ def settings(folder: Path, **changes) -> list[str]:
 
 def run_tiny(folder: Path) -> str:
     """Runs a sweep of four runs with both loggers in `folder`; returns what it printed."""
-    fixed = dict(option.removeprefix("--").split("=") for option in [BASE[2], *SHORT])
+    fixed = dict(option.removeprefix("--").split("=") for option in [BASE[2], *SMALL, *SHORT])
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.chdir(folder)

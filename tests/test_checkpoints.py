@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BRIEF, LAST, RUN, RUNS, assert_same_run, error_of, main, metrics_of
+from conftest import BRIEF, CONSTANT, LAST, RUN, RUNS, assert_same_run, error_of, main, metrics_of
 
-FOUR = [*BRIEF, "--trainer.max_epochs=4", "--early_stopping=null"]
+FOUR = [*BRIEF, CONSTANT, "--trainer.max_epochs=4", "--early_stopping=null"]
 OF_RUN = f"--config={RUN}/config.yaml"
 LIMIT = "--trainer.limit_test_batches=1"
 
@@ -102,7 +102,7 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_a_resumed_run_ends_with_the_same_checkpoints(folder, place):
     """The first epochs are the best ones, since the schedule makes the loss grow after them."""
-    schedule = ["--model.lr_scheduler=StepLR", "--model.lr_scheduler.step_size=2", "--model.lr_scheduler.gamma=100"]
+    schedule = ["--model.lr_scheduler=StepLR", "--model.lr_scheduler.step_size=2", "--model.lr_scheduler.gamma=10"]
     settings = [*FOUR, *schedule, *PLACES[place]]
     main(settings)
     whole = kept()
@@ -149,15 +149,14 @@ def test_of_several_checkpoints_the_named_one_chooses_the_best(folder):
 
 
 def test_nothing_is_left_to_train_in_a_finished_run(folder, capfd):
-    main(BRIEF)
-    assert "nothing left to train" in error_of(capfd, *BRIEF, "--ckpt_path=last")
-    assert "max_steps=16" in error_of(
-        capfd, *BRIEF, "--ckpt_path=last", "--trainer.max_epochs=9", "--trainer.max_steps=16"
-    )
+    last = [*BRIEF, CONSTANT, "--ckpt_path=last"]
+    main([*BRIEF, CONSTANT])
+    assert "nothing left to train" in error_of(capfd, *last)
+    assert "max_steps=16" in error_of(capfd, *last, "--trainer.max_epochs=9", "--trainer.max_steps=16")
     (RUN / "metrics.json").unlink()
-    assert "nothing left" in error_of(capfd, *BRIEF, "--ckpt_path=last", "--evaluate_best=false")
+    assert "nothing left" in error_of(capfd, *last, "--evaluate_best=false")
     assert os.listdir(RUNS) == ["version_0"]
-    main([*BRIEF, "--ckpt_path=last", "--trainer.max_epochs=3"])
+    main([*last, "--trainer.max_epochs=3"])
     assert "3 epochs (1 of them new) in " in capfd.readouterr().out
     patient = [*BRIEF, "--trainer.max_epochs=9", "--early_stopping.patience=1", "--early_stopping.min_delta=9"]
     main(patient)

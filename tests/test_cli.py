@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import BASE, BRIEF, FIT, QUIET, REPO, RUN, RUNS, callback_of, error_of, main, printed_config
+from conftest import BASE, BRIEF, FIT, QUIET, REPO, RUN, RUNS, SMALL, callback_of, error_of, main, printed_config
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
-
-from mnist_cnn import CNN, LitClassifier
 
 DEV = ["fit", *BASE, *QUIET, "--trainer.max_epochs=0", "--evaluate_best=false"]
 
@@ -97,9 +95,9 @@ def test_overlay_changes_what_it_names_and_no_more(folder):
     assert callbacks_of(cli, EarlyStopping) == []
     assert callback_of(cli, "Histograms").every_n_steps == 7
     assert cli.config_init.fit.wandb.name == "digits"  # Lightning calls the project its logger's name
-    assert cli.model.net.conv1.out_channels == 5 and cli.model.net.conv2.out_channels == 8
+    assert cli.model.net.conv1.out_channels == 5 and cli.model.net.conv2.out_channels == 24
     group = cli.trainer.optimizers[0].param_groups[0]
-    assert (group["lr"], group["momentum"]) == (0.5, 0.9)
+    assert (group["initial_lr"], group["momentum"]) == (0.5, 0.9)
 
 
 def test_options_override_files_that_follow_them(folder, capfd):
@@ -158,11 +156,11 @@ def test_null_switches_off_what_lightning_would_replace(folder):
 
 
 def test_a_run_leaves_no_setting_to_the_next(folder):
-    main([*DEV, "--seed_everything=7", "--num_threads=1"])
-    assert os.environ["PL_GLOBAL_SEED"] == "7" and torch.get_num_threads() == 1
+    main([*DEV, "--seed_everything=7", "--num_threads=2"])
+    assert os.environ["PL_GLOBAL_SEED"] == "7" and torch.get_num_threads() == 2
     main([*DEV, "--seed_everything=false"])
-    assert "PL_GLOBAL_SEED" not in os.environ and torch.get_num_threads() == 2  # as base.yaml says
-    assert yaml.safe_load(Path("logs/mnist/version_1/config.yaml").read_text())["num_threads"] == 2
+    assert "PL_GLOBAL_SEED" not in os.environ and torch.get_num_threads() == 1
+    assert yaml.safe_load(Path("logs/mnist/version_1/config.yaml").read_text())["num_threads"] == 1
 
 
 def test_another_precision(folder):
@@ -213,7 +211,7 @@ def test_short_names_and_class_paths(folder):
     cli = main([*DEV, "--model.net=mine.Mine", "--model.net.width=4", "--model.optimizer=Adam"])
     assert cli.model.net[1].out_features == 4
     assert isinstance(cli.trainer.optimizers[0], torch.optim.Adam)
-    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.1  # what both know is kept
+    assert cli.trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.1  # what both know is kept
 
 
 def test_a_fault_within_a_users_class_keeps_its_traceback(folder):
@@ -252,6 +250,7 @@ MISTAKES = {
     "--data=twice_within.yaml": ["line 1", "data_dir"],
     "--config=variable.yaml": ["variable.yaml", "${HOME}/data"],
     "--data.data_dir=${HOME}/data": ["${HOME}/data", "nothing replaces"],
+    "--config=unknown_empty.yaml": ["unknown_empty.yaml", "histogrms", "did you mean histograms?"],
     "--config=unknown.yaml": ["trainer.max_epoch", "did you mean trainer.max_epochs"],
     "--model.optimizer.lr=fast": ["model.optimizer.lr", "float", "fast"],
     "--trainer.max_epochs=a": ["trainer.max_epochs", "int", "'a'"],
@@ -286,7 +285,7 @@ MISTAKES = {
     "--ckpt_path=nowhere.ckpt": ["nowhere.ckpt"],
     "--ckpt_path=last": ["checkpoint", "logs/mnist"],
     "--ckpt_path=truncated.ckpt": ["truncated.ckpt"],
-    "--ckpt_path=other.ckpt": ["other.ckpt", "net.conv1.weight", "[4, 1, 3, 3]", "[8, 1, 3, 3]"],
+    "--ckpt_path=other.ckpt": ["other.ckpt", "net.conv1.weight", "[8, 1, 3, 3]", "[16, 1, 3, 3]"],
     "--ckpt_path=list.ckpt": ["list.ckpt"],
     "--ckpt_path=weights.ckpt": ["weights.ckpt", "weights only"],
     "--ckpt_path=code.ckpt": ["code.ckpt", "--weights_only=false"],
@@ -311,6 +310,7 @@ def files(folder, request):
         "tag": b"seed_everything: !!python/object/apply:os.mkdir [executed]",
         "number": b"histograms: 3",
         "unknown": b"trainer: {max_epoch: 3}",
+        "unknown_empty": b"histogrms: {}",
         "twice": b"trainer: {max_epochs: 3}\ntrainer: {max_steps: 3}",
         "twice_within": b"data_dir: a\ndata_dir: b",
         "variable": b"data: {init_args: {data_dir: '${HOME}/data'}}",
@@ -322,7 +322,7 @@ def files(folder, request):
         checkpoint = torch.load(good, weights_only=True)
         torch.save(checkpoint | {"state_dict": Unpickled()}, folder / "code.ckpt")
         torch.save([1, 2], folder / "list.ckpt")
-        torch.save({"state_dict": LitClassifier(CNN(), torch.optim.SGD).state_dict()}, folder / "weights.ckpt")
+        torch.save({"state_dict": checkpoint["state_dict"]}, folder / "weights.ckpt")
         checkpoint["state_dict"]["net.conv1.weight"] = torch.zeros(8, 1, 3, 3)
         torch.save(checkpoint, folder / "other.ckpt")
     return folder
@@ -385,5 +385,5 @@ def test_best_of_a_run_that_did_not_end(folder, capfd):
     main([*BRIEF, "--evaluate_best=false"])
     assert not (RUN / "metrics.json").exists() and (RUN / "config.yaml").exists()
     assert "--ckpt_path=last" in error_of(capfd, "test", *BASE, "--ckpt_path=best")
-    cli = main(["test", *BASE, "--ckpt_path=last", "--trainer.limit_test_batches=1"])
+    cli = main(["test", *BASE, *SMALL, "--ckpt_path=last", "--trainer.limit_test_batches=1"])
     assert set(cli.trainer.callback_metrics) == {"test/loss", "test/acc"}

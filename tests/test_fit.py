@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import BRIEF, DATA, FIT, RUN, RUNS, error_of, main, metrics_of, mnist
+from conftest import BRIEF, DATA, FIT, REPO, RUN, RUNS, error_of, main, metrics_of, mnist
 from lightning.pytorch import LightningModule
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from mnist_cnn import CNN, LitClassifier, MNISTDataModule
 
+CHANNELS = yaml.safe_load((REPO / "configs/base.yaml").read_text())["model"]["init_args"]["net"]["init_args"].values()
 LAYERS = ["conv1", "relu1", "conv2", "relu2", "conv3", "relu3", "fc1", "relu4", "fc2"]
 METRICS = ["val/loss", "val/acc", "test/loss", "test/acc"]
 
@@ -34,9 +35,9 @@ def events(fitted):
     return events_of(fitted.run)
 
 
-def first_step(seed: int, net, **settings):
+def first_step(seed: int, net):
     """The first step done by hand: logits, targets, and the outputs and gradients by the tags of the histograms."""
-    data = MNISTDataModule(str(DATA), **settings)
+    data = MNISTDataModule(str(DATA))
     data.prepare_data()
     data.setup("fit")
     with pytest.MonkeyPatch.context() as patch:
@@ -45,16 +46,20 @@ def first_step(seed: int, net, **settings):
     values = {}
     for name, module in net.named_children():
         module.register_forward_hook(lambda _, __, output, name=name: values.setdefault(f"act/net.{name}", output))
-    logits = net(images.unsqueeze(1).float().div(255))
+    logits = net(normalised(images))
     F.cross_entropy(logits, targets).backward()
     for name, parameter in net.named_parameters():
         values |= {f"param/net.{name}": parameter, f"grad/net.{name}": parameter.grad}
     return logits.detach(), targets, values
 
 
-def original_net():
-    torch.manual_seed(138)
-    return CNN()
+def normalised(images):
+    return images.unsqueeze(1).float().div(255).sub(0.1307).div(0.3081)
+
+
+def base_net():
+    torch.manual_seed(42)
+    return CNN(*CHANNELS)
 
 
 def test_the_folder_holds_the_run_and_nothing_else(fitted):
@@ -111,7 +116,7 @@ def test_a_checkpoint_alone_gives_the_model_back(fitted, loader):
     best = torch.load(path, weights_only=True)["state_dict"]
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
     images, targets = mnist("t10k")
-    loss = F.cross_entropy(model.eval()(images[:1000, None] / 255), targets[:1000])
+    loss = F.cross_entropy(model.eval()(normalised(images[:1000])), targets[:1000])
     assert loss.item() == pytest.approx(metrics_of(fitted.run)["test/loss"], rel=1e-5)
 
 
@@ -130,8 +135,8 @@ def test_scalars_are_logged_at_the_logging_interval(fitted, events):
 def test_hparams_have_settings_and_metrics(fitted, events):
     summary = events.SummaryMetadata("_hparams_/session_start_info")
     row = metadata.parse_session_start_info_plugin_data(summary.plugin_data.content).hparams
-    assert row["model.net"].string_value == "CNN" and row["seed_everything"].number_value == 138
-    assert row["model.net.l1_chan"].number_value == 4 and row["model.optimizer.lr"].number_value == 0.1
+    assert row["model.net"].string_value == "CNN" and row["seed_everything"].number_value == 42
+    assert row["model.net.l1_chan"].number_value == 16 and row["model.optimizer.lr"].number_value == 0.1
 
 
 def test_the_graph_names_the_layers(events):
@@ -148,7 +153,7 @@ def test_the_best_checkpoints_metrics_are_no_points_of_the_curves(fitted, events
 
 
 def test_histograms_are_what_the_step_computed(events):
-    expected = first_step(138, original_net(), mean=0.0, std=1.0, split_seed=51)[2]
+    expected = first_step(42, base_net())[2]
     layers = [layer for layer in LAYERS if not layer.startswith("relu")]
     names = [f"net.{layer}.{part}" for layer in layers for part in ("weight", "bias")]
     tags = {f"{kind}/{name}" for kind in ("param", "grad") for name in names} | {f"act/net.{layer}" for layer in LAYERS}
@@ -315,14 +320,14 @@ def test_training_metrics_are_means_since_the_last_logging(folder, more):
 
 def test_labels_are_smoothed_in_training_only(folder):
     one = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.log_every_n_steps=1"]
-    main([*BRIEF, *one, "--tensorboard={}", "--model.label_smoothing=0.1", "--model.optimizer.lr=0"])
-    logits, targets, _ = first_step(138, original_net(), mean=0.0, std=1.0, split_seed=51)
+    main([*FIT, "--wandb=null", *one, "--model.label_smoothing=0.1", "--model.optimizer.lr=0"])
+    logits, targets, _ = first_step(42, base_net())
     nats = -logits.log_softmax(dim=1)  # those of the target count 0.9 and a tenth of 0.1, the others the latter
     expected = 0.9 * nats[range(64), targets].mean() + 0.1 * nats.mean()
     assert events_of(RUN).Scalars("train/loss")[0].value == pytest.approx(expected.item(), rel=1e-6)
     images, targets = (part[:1000] for part in mnist("t10k"))
     with torch.no_grad():
-        plain = F.cross_entropy(original_net()(images[:, None] / 255), targets).item()
+        plain = F.cross_entropy(base_net()(normalised(images)), targets).item()
     assert metrics_of(RUN)["test/loss"] == pytest.approx(plain, rel=1e-5)
 
 

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import BASE, BRIEF, REPO, RUN, RUNS, assert_same_run, error_of, main, metrics_of
+from conftest import BASE, BRIEF, CONSTANT, REPO, RUN, RUNS, assert_same_run, error_of, main, metrics_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PLAIN = """
@@ -113,7 +113,7 @@ class Compiled(nn.Module):
 
 def test_lazy_layers(folder):
     (folder / "nets.py").write_text(NETS)
-    lazy = [*BRIEF, "--model.net=nets.Lazy", "--tensorboard={}"]
+    lazy = [*BRIEF, "--model.net=nets.Lazy", "--model.channels_last=false", CONSTANT, "--tensorboard={}"]
     main(lazy)
     main([*lazy, "--trainer.max_epochs=1"])
     main([*lazy, "--ckpt_path=last"])

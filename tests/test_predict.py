@@ -18,7 +18,7 @@ def rows(path="predictions.csv"):
 
 def test_own_images_and_the_test_set(folder):
     """MNIST digits drawn large, in black on white, are recognised about as well as the originals."""
-    train = ["--trainer.limit_train_batches=400", "--trainer.max_epochs=1", "--data.mean=0.1307", "--data.std=0.3081"]
+    train = ["--trainer.limit_train_batches=400", "--trainer.max_epochs=1"]
     main([*BRIEF, *train])
     config = "--config=logs/mnist/version_0/config.yaml"
     images, targets = mnist("t10k")

@@ -51,11 +51,13 @@ class ExperimentCLI(LightningCLI):
 
     run: Path | None = None  # the folder of a fit, in the main process
 
-    def __init__(self, args: list[str] | None = None) -> None:
+    def __init__(self, args: list[str] | None = None, defaults: Path | None = None) -> None:
         silence_libraries()
         os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier run in this process
         args = with_subcommand(sys.argv[1:] if args is None else args)
         self.given_subcommand = args[0] if args else ""
+        if defaults and self.given_subcommand in LightningCLI.subcommands():
+            args.insert(1, f"--config={defaults}")  # jsonargparse would not name its default_config_files in an error
         with StopBySignal() as self.stop:
             try:
                 super().__init__(

@@ -112,8 +112,12 @@ class Parser(LightningArgumentParser):
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Checks a config file; jsonargparse would not name it."""
         try:
-            if not isinstance(load_yaml(Path(path).read_text(encoding="utf-8")), dict):
+            if not isinstance(settings := load_yaml(Path(path).read_text(encoding="utf-8")), dict):
                 raise UserError("it has no settings (key: value)")
+            known = vars(self.get_defaults()).keys()
+            for key in settings.keys() - known:
+                if settings[key] == {}:  # which jsonargparse would ignore
+                    raise UserError(f"unknown key {key}{nearest(key, known)}")
         except (UserError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"config file {path}: {error}") from error
         return super().parse_path(path, *args, **kwargs)
