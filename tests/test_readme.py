@@ -1,49 +1,90 @@
-"""What the README and the container's files say is there."""
+"""What the README, the pages of docs/ and the container's files say is there."""
 
 import json
 import re
 import shlex
+import shutil
+from pathlib import Path
 
 import pytest
-from conftest import REPO, RUN, RUNS, assert_same_run, main, metrics_of, printed_config
+from conftest import REPO, assert_same_run, main, metrics_of, printed_config
 
-README = (REPO / "README.md").read_text()
-COMMANDS = re.findall(r"^python (main\.py .*--config configs/[^#\n]*)", README, re.MULTILINE)
+import sweep
+
+PAGES = {path.name: path.read_text() for path in [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]}
+BLOCKS = [
+    block for page in PAGES.values() for block in re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+]
+LINES = "".join(text for language, text in BLOCKS if language == "").replace("\\\n", "").splitlines()
+COMMANDS = sorted({line.partition("  #")[0].strip() for line in LINES})
 LOCK = (REPO / "requirements.lock").read_text()
 DOCKERFILE = (REPO / "Dockerfile").read_text()
 DEV, IMAGE = (stage.partition("\n")[2] for stage in re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:])
 
 
+def starting(*words: str) -> list[str]:
+    """The arguments of the pages' commands that start so."""
+    found = [
+        command.removeprefix(" ".join(words)).strip() for command in COMMANDS if command.startswith(" ".join(words))
+    ]
+    assert found
+    return found
+
+
+@pytest.fixture
+def clone(folder, capfd):
+    """A working directory with the configs, the files that the pages print, and a run's config.yaml."""
+    for name in ("configs", "benchmarks"):
+        (folder / name).symlink_to(REPO / name)
+    for _, text in BLOCKS:
+        if name := re.match(r"# (\w+\.(?:py|yaml))", text):
+            (folder / name[1]).write_text(text)
+    run = folder / "logs/mnist/version_0"
+    run.mkdir(parents=True)
+    shutil.copy(REPO / "configs/base.yaml", run / "config.yaml")
+    return folder
+
+
 def test_links_and_pictures_are_files():
-    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
-    assert len(targets) >= 10
-    assert [target for target in targets if not (REPO / target).exists()] == []
+    found = 0
+    for name, page in PAGES.items():
+        targets = [target for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page) if "://" not in target]
+        folder = REPO if name == "README.md" else REPO / "docs"
+        assert [target for target in targets if not (folder / target).exists()] == [], name
+        found += len(targets)
+    assert found >= 40
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_understood(folder, capfd, command):
-    (folder / "configs").symlink_to(REPO / "configs")
-    for name, code in re.findall(r"```python\n# (\w+\.py).*?\n(.*?)```", README, re.DOTALL):
-        (folder / name).write_text(code)
-    for name, base in (("MyDataModule", "MNISTDataModule"), ("MyLightningModule", "LitClassifier")):
-        file = folder / {"MyDataModule": "my_data.py", "MyLightningModule": "my_models.py"}[name]
-        file.write_text(f"import mnist_cnn\n\nclass {name}(mnist_cnn.{base}):\n    pass\n")
-    assert printed_config(capfd, *[word for word in shlex.split(command)[1:] if word != "--print_config"])
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 170
 
 
-def test_there_are_commands():
-    assert len(COMMANDS) >= 5
+@pytest.mark.parametrize("command", [command for command in starting("python main.py") if ".help" not in command])
+def test_commands_of_main_are_understood(clone, capfd, command):
+    assert printed_config(capfd, *[word for word in shlex.split(command) if word != "--print_config"])
 
 
-def test_a_data_module_and_a_model_as_printed(folder):
-    (code,) = re.findall(r"```python\n(# my_waves.py.*?)```", README, re.DOTALL)
-    (folder / "my_waves.py").write_text(code)
-    (command,) = [command for command in COMMANDS if "my_waves" in command]
-    (folder / "configs").symlink_to(REPO / "configs")
-    main([*shlex.split(command)[1:], "--trainer.max_epochs=3", "--wandb=null"])
-    assert metrics_of(RUN)["test/acc"] > 0.6
-    main(["fit", f"--config={RUN}/config.yaml"])
-    assert_same_run(RUNS / "version_1", RUN)
+@pytest.mark.parametrize("command", starting("python sweep.py"))
+def test_commands_of_sweep_are_understood(clone, command):
+    (clone / "my_configs").mkdir()
+    for name in ("fast", "best"):
+        shutil.copy(REPO / f"configs/{name}.yaml", "my_configs")
+    options = [option for option in shlex.split(command) if option not in ("--dry_run", "--launcher=slurm")]
+    assert sweep.main([*options, "--dry_run", "--limit=2"]) == 0
+
+
+def test_other_commands_exist():
+    targets = re.findall(r"^(\w[\w-]*):", (REPO / "Makefile").read_text(), re.MULTILINE)
+    assert {command.split()[0] for command in starting("make")} <= set(targets)
+    assert all((REPO / "benchmarks" / command.split()[0]).exists() for command in starting("python benchmarks/"))
+
+
+def test_a_data_module_and_a_model_as_printed(clone):
+    (command,) = [command for command in starting("python main.py") if "--data=my_waves.Waves --model" in command]
+    main([*shlex.split(command), "--trainer.max_epochs=3", "--wandb=null", "--run_dir=whole"])
+    assert metrics_of(Path("whole"))["val/acc"] > 0.6
+    main(["fit", "--config=whole/config.yaml", "--run_dir=again"])
+    assert_same_run(Path("again"), Path("whole"))
 
 
 # The container

@@ -158,9 +158,9 @@ def test_missing_commands_and_packages_are_reported_before_anything_is_written(f
 
 
 def test_the_documented_job_of_two_nodes_continues_when_it_is_requeued(cluster, folder, monkeypatch):
-    readme = (REPO / "README.md").read_text()
-    Path("nodes.yaml").write_text(re.search(r"```yaml\n(# nodes.yaml.*?)```", readme, re.DOTALL)[1])
-    Path("mnist.sbatch").write_text(re.search(r"```bash\n(#!/bin/bash.*?)```", readme, re.DOTALL)[1])
+    page = (REPO / "docs/cluster.md").read_text()
+    Path("nodes.yaml").write_text(re.search(r"```yaml\n(# nodes.yaml.*?)```", page, re.DOTALL)[1])
+    Path("mnist.sbatch").write_text(re.search(r"```bash\n(#!/bin/bash.*?)```", page, re.DOTALL)[1])
     for name in ("main.py", "mnist_cnn", "configs", "data"):
         os.symlink(REPO / name, name)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
