@@ -7,7 +7,7 @@ READY := $(if $(MNIST_CNN_BIN),,.venv/installed)
 COMPILE = $(BIN)/uv pip compile pyproject.toml --quiet --system-certs --python $(BIN)/python --all-extras \
 	--generate-hashes --universal --python-version 3.11 --custom-compile-command "make lock" --output-file
 
-.PHONY: train test stress tensorboard lock check-lock audit clean
+.PHONY: train test stress gpu tensorboard lock check-lock audit clean
 
 train: $(READY) ## train, validate and test the CNN of configs/base.yaml
 	$(BIN)/python main.py fit --config configs/base.yaml
@@ -21,7 +21,12 @@ test: $(READY) ## everyday checks and tests: 5 minutes
 stress: $(READY) ## slow tests: kills, full disks, SLURM, browser, several processes, accuracies: 25 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stress
 
-tensorboard: $(READY) ## show the runs on http://localhost:6006
+gpu: $(READY) ## measure on one GPU, in at most 8 minutes, and write docs/gpu.md
+	$(BIN)/python benchmarks/gpu.py
+
+PIN = %7B%22plugin%22:%22scalars%22,%22tag%22:%22$(1)%22%7D
+tensorboard: $(READY) ## show the runs on http://localhost:6006, loss and accuracy first
+	@echo 'open http://localhost:6006/?pinnedCards=%5B$(call PIN,train/loss),$(call PIN,val/loss),$(call PIN,train/acc),$(call PIN,val/acc)%5D'
 	$(BIN)/tensorboard --logdir logs
 
 lock: $(READY) ## pin the dependencies in requirements.lock; UPGRADE=1: to their newest versions
@@ -37,7 +42,13 @@ audit: $(READY) ## known vulnerabilities of the packages in requirements.lock
 clean: ## remove the virtual environment; runs stay
 	rm -rf .venv
 
+EXTRAS = '.[augment,cluster,dev]'
 .venv/installed: pyproject.toml
+ifneq ($(shell command -v uv),)
+	uv venv --quiet --seed --allow-existing --python $(PYTHON) .venv
+	uv pip install --quiet --python .venv/bin/python --editable $(EXTRAS)
+else
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[augment,cluster,dev]'
+	$(BIN)/python -m pip install --quiet --editable $(EXTRAS)
+endif
 	touch $@
