@@ -7,7 +7,7 @@ READY := $(if $(MNIST_CNN_BIN),,.venv/installed)
 COMPILE = $(BIN)/uv pip compile pyproject.toml --quiet --system-certs --python $(BIN)/python --all-extras \
 	--generate-hashes --universal --python-version 3.11 --custom-compile-command "make lock" --output-file
 
-.PHONY: train test stress gpu tensorboard lock check-lock audit clean
+.PHONY: train test stress gpu tensorboard schema lock check-lock audit clean
 
 train: $(READY) ## train, validate and test the CNN of configs/base.yaml
 	$(BIN)/python main.py fit --config configs/base.yaml
@@ -28,6 +28,9 @@ PIN = %7B%22plugin%22:%22scalars%22,%22tag%22:%22$(1)%22%7D
 tensorboard: $(READY) ## show the runs on http://localhost:6006, loss and accuracy first
 	@echo 'open http://localhost:6006/?pinnedCards=%5B$(call PIN,train/loss),$(call PIN,val/loss),$(call PIN,train/acc),$(call PIN,val/acc)%5D'
 	$(BIN)/tensorboard --logdir logs
+
+schema: $(READY) ## schema.json, with which an editor checks and completes the configs
+	$(BIN)/python -m mnist_cnn.run.schema > schema.json
 
 lock: $(READY) ## pin the dependencies in requirements.lock; UPGRADE=1: to their newest versions
 	$(COMPILE) requirements.lock $(if $(UPGRADE),--upgrade)

@@ -2,11 +2,11 @@
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mnist_cnn.run.experiment import Experiment
+from mnist_cnn.run.experiment import Experiment, LRSchedulerCallable
 
 Batch = tuple[Tensor, Tensor]  # images [N, 1, H, W], float; targets [N], int64
 

@@ -146,7 +146,7 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
             similar = nearest(first, groups, f"{prefix}{{}}.{rest}")
         order = "; an option that chooses its class must stand before it" if key else ""
         return f"unknown key {prefix}{name}{similar or order}"
-    lines = re.split(r"\n[ -]*|Type typing\..* class: |Parser key \S+: ?|\. Got value: ", message)
+    lines = re.split(r"\n[ -]*|Type [\w.]+Callable.* class: |Parser key \S+: ?|\. Got value: ", message)
     reason = next((line for line in lines if line.strip() and not NOISE.match(line)), message)
     if missing := re.search(r"dot import path string: (\S+)", reason):
         kinds: list[type[Any]] = [nn.Module, LightningDataModule, Optimizer, lr_scheduler.LRScheduler, Callback, Logger]

@@ -3,15 +3,19 @@
 import inspect
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from torch.optim.lr_scheduler import CyclicLR, ReduceLROnPlateau
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, ReduceLROnPlateau
 
 from mnist_cnn.run.errors import UserError
+
+LRSchedulerCallable = Callable[[Optimizer], LRScheduler]  # Lightning's is a union, and has no schema
 
 
 class Experiment(LightningModule):
