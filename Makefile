@@ -24,6 +24,7 @@ stress: $(READY) ## slow tests: kills, full disks, SLURM, browser, several proce
 gpu: $(READY) ## measure on one GPU, in at most 8 minutes, and write docs/gpu.md
 	$(BIN)/python benchmarks/gpu.py
 
+# A chart that TensorBoard pins above the others: JSON, URL-encoded.
 PIN = %7B%22plugin%22:%22scalars%22,%22tag%22:%22$(1)%22%7D
 tensorboard: $(READY) ## show the runs on http://localhost:6006, loss and accuracy first
 	@echo 'open http://localhost:6006/?pinnedCards=%5B$(call PIN,train/loss),$(call PIN,val/loss),$(call PIN,train/acc),$(call PIN,val/acc)%5D'

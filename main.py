@@ -7,7 +7,7 @@ from mnist_cnn.run.cli import ExperimentCLI
 
 
 def main(args: list[str] | None = None) -> ExperimentCLI:
-    """Runs what the arguments (None: those of the process) ask for; returns config, model, datamodule and trainer."""
+    """Runs the command line (None: the process's arguments); returns its config, model, datamodule and trainer."""
     return ExperimentCLI(args, defaults=Path(__file__).parent / "configs/defaults.yaml")
 
 

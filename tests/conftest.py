@@ -40,7 +40,7 @@ SHORT = [
     "--data.eval_batch_size=500",
 ]
 FIT = ["fit", *BASE, *SHORT]
-CONSTANT = "--model.lr_scheduler=null"  # with a schedule of that many steps, a resumed run has no more epochs
+CONSTANT = "--model.lr_scheduler=null"  # the schedule depends on max_epochs; a resumed run could not have more
 QUIET = ["--tensorboard=null", "--wandb=null"]  # no loggers
 SMALL = ["--model.net.l1_chan=4", "--model.net.l2_chan=8", "--model.net.l3_chan=16"]  # a third of the time of a step
 BRIEF = [*FIT, *SMALL, *QUIET, "--trainer.limit_train_batches=8", "--test_pictures=null", "--graph=null"]

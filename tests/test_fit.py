@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from mnist_cnn import CNN, LitClassifier, MNISTDataModule
 
-CHANNELS = yaml.safe_load((REPO / "configs/base.yaml").read_text())["model"]["init_args"]["net"]["init_args"].values()
+WIDTHS = yaml.safe_load((REPO / "configs/base.yaml").read_text())["model"]["init_args"]["net"]["init_args"]
 LAYERS = ["conv1", "relu1", "conv2", "relu2", "conv3", "relu3", "fc1", "relu4", "fc2"]
 METRICS = ["val/loss", "val/acc", "test/loss", "test/acc"]
 
@@ -59,7 +59,7 @@ def normalised(images):
 
 def base_net():
     torch.manual_seed(42)
-    return CNN(*CHANNELS)
+    return CNN(**WIDTHS)
 
 
 def test_the_folder_holds_the_run_and_nothing_else(fitted):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import BASE, FIT, QUIET, RUN, RUNS, assert_same_run, main
+from conftest import FIT, QUIET, RUN, RUNS, assert_same_run, main
 
 from benchmarks import gpu
 from mnist_cnn import CNN
@@ -71,7 +71,7 @@ def accuracy_after_training(capfd, *options: str) -> float:
     "option",
     [
         "--trainer.precision=bf16-mixed",
-        "--model.channels_last=true",
+        "--model.channels_last=false",
         "--model.channels_last=false",
         "--data=benchmarks.gpu.DeviceMNIST",
     ],
@@ -83,14 +83,14 @@ def test_trains_on_the_device(folder, capfd, option):
 @on_gpu
 def test_images_on_the_device_are_the_same_batches(folder):
     main([*FIT, *QUIET])
-    main([*FIT, *QUIET, "--data=benchmarks.gpu.DeviceMNIST", BASE[2]])
+    main([*FIT, *QUIET, "--data=benchmarks.gpu.DeviceMNIST"])
     assert_same_run(RUNS / "version_0", RUNS / "version_1")
 
 
 @on_gpu
 def test_plain_loop(capfd):
     gpu.plain_loop("cuda", short=True)
-    assert "test/acc" in capfd.readouterr().out
+    assert 0 < float(capfd.readouterr().out.split()[-1]) < 1
 
 
 def test_table_is_written_between_the_markers(tmp_path):

@@ -57,7 +57,7 @@ def use(folder, saved: str = "") -> list[str]:
     of_data = f"{{class_path: named.Named, init_args: {{data_dir: {REPO}/data}}}}"
     model = "{class_path: plain.Plain, init_args: {net: CNN}}"
     (folder / "plain.yaml").write_text(f"model: {model}\ndata: {of_data}\n")
-    limits = [option for option in BRIEF if option.startswith(("--trainer", "--num_threads", "--graph", "--test_pict"))]
+    limits = [option for option in BRIEF if option.startswith(("--trainer", "--graph", "--test_pict"))]
     return ["fit", *BASE[:2], "--config=plain.yaml", *MONITOR, *limits, "--wandb=null", "--data.name=data"]
 
 

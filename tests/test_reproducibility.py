@@ -52,7 +52,7 @@ def test_loggers_and_callbacks_do_not_change_the_numbers(folder):
 
 
 AUGMENTED = ["--data.augment+=kornia.augmentation.RandomAffine", "--data.augment.degrees=15", "--data.augment.p=1"]
-OTHER = ["--model.net=StackCNN", "--model.net.channels=[4, 8, 8]", "--model.channels_last=true"]
+OTHER = ["--model.net=StackCNN", "--model.net.channels=[4, 8, 8]", "--model.channels_last=false"]
 OTHER += ["--trainer.precision=bf16-mixed"]
 
 

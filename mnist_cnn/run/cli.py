@@ -57,7 +57,7 @@ class ExperimentCLI(LightningCLI):
         args = with_subcommand(sys.argv[1:] if args is None else args)
         self.given_subcommand = args[0] if args else ""
         if defaults and self.given_subcommand in LightningCLI.subcommands():
-            args.insert(1, f"--config={defaults}")  # jsonargparse would not name its default_config_files in an error
+            args.insert(1, f"--config={defaults}")  # jsonargparse does not name its default_config_files in errors
         with StopBySignal() as self.stop:
             try:
                 super().__init__(

@@ -114,10 +114,10 @@ class Parser(LightningArgumentParser):
         try:
             if not isinstance(settings := load_yaml(Path(path).read_text(encoding="utf-8")), dict):
                 raise UserError("it has no settings (key: value)")
-            known = vars(self.get_defaults()).keys()
-            for key in settings.keys() - known:
-                if settings[key] == {}:  # which jsonargparse would ignore
-                    raise UserError(f"unknown key {key}{nearest(key, known)}")
+            known = [*vars(self.get_defaults()), "model", "data", "$schema"]
+            for name in (str(key).partition(".")[0] for key in settings):
+                if name not in known:  # jsonargparse would ignore `histogrms: {}`
+                    raise UserError(f"unknown key {name}{nearest(name, known)}")
         except (UserError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"config file {path}: {error}") from error
         return super().parse_path(path, *args, **kwargs)
