@@ -39,11 +39,11 @@ SHORT = [
     "--histograms.every_n_steps=10",
     "--data.eval_batch_size=500",
 ]
-FIT = ["fit", *BASE, *SHORT]
+SMALL = ["--model.net.l1_chan=4", "--model.net.l2_chan=8", "--model.net.l3_chan=16"]  # a third of the time of a step
+FIT = ["fit", *BASE, *SMALL, *SHORT]
 CONSTANT = "--model.lr_scheduler=null"  # the schedule depends on max_epochs; a resumed run could not have more
 QUIET = ["--tensorboard=null", "--wandb=null"]  # no loggers
-SMALL = ["--model.net.l1_chan=4", "--model.net.l2_chan=8", "--model.net.l3_chan=16"]  # a third of the time of a step
-BRIEF = [*FIT, *SMALL, *QUIET, "--trainer.limit_train_batches=8", "--test_pictures=null", "--graph=null"]
+BRIEF = [*FIT, *QUIET, "--trainer.limit_train_batches=8", "--test_pictures=null", "--graph=null"]
 RUNS = Path("logs/mnist")
 RUN = RUNS / "version_0"
 LAST = RUN / "checkpoints/last.ckpt"

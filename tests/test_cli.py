@@ -286,7 +286,7 @@ MISTAKES = {
     "--ckpt_path=nowhere.ckpt": ["nowhere.ckpt"],
     "--ckpt_path=last": ["checkpoint", "logs/mnist"],
     "--ckpt_path=truncated.ckpt": ["truncated.ckpt"],
-    "--ckpt_path=other.ckpt": ["other.ckpt", "net.conv1.weight", "[8, 1, 3, 3]", "[16, 1, 3, 3]"],
+    "--ckpt_path=other.ckpt": ["other.ckpt", "net.conv1.weight", "[8, 1, 3, 3]", "[4, 1, 3, 3]"],
     "--ckpt_path=list.ckpt": ["list.ckpt"],
     "--ckpt_path=weights.ckpt": ["weights.ckpt", "weights only"],
     "--ckpt_path=code.ckpt": ["code.ckpt", "--weights_only=false"],

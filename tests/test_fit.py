@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import BRIEF, DATA, FIT, REPO, RUN, RUNS, error_of, main, metrics_of, mnist
+from conftest import BRIEF, DATA, FIT, RUN, RUNS, error_of, main, metrics_of, mnist
 from lightning.pytorch import LightningModule
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from mnist_cnn import CNN, LitClassifier, MNISTDataModule
 
-WIDTHS = yaml.safe_load((REPO / "configs/base.yaml").read_text())["model"]["init_args"]["net"]["init_args"]
 LAYERS = ["conv1", "relu1", "conv2", "relu2", "conv3", "relu3", "fc1", "relu4", "fc2"]
 METRICS = ["val/loss", "val/acc", "test/loss", "test/acc"]
 
@@ -57,9 +56,9 @@ def normalised(images):
     return images.unsqueeze(1).float().div(255).sub(0.1307).div(0.3081)
 
 
-def base_net():
+def small_net():
     torch.manual_seed(42)
-    return CNN(**WIDTHS)
+    return CNN(4, 8, 16, 64)
 
 
 def test_the_folder_holds_the_run_and_nothing_else(fitted):
@@ -136,7 +135,7 @@ def test_hparams_have_settings_and_metrics(fitted, events):
     summary = events.SummaryMetadata("_hparams_/session_start_info")
     row = metadata.parse_session_start_info_plugin_data(summary.plugin_data.content).hparams
     assert row["model.net"].string_value == "CNN" and row["seed_everything"].number_value == 42
-    assert row["model.net.l1_chan"].number_value == 16 and row["model.optimizer.lr"].number_value == 0.1
+    assert row["model.net.l1_chan"].number_value == 4 and row["model.optimizer.lr"].number_value == 0.1
 
 
 def test_the_graph_names_the_layers(events):
@@ -153,7 +152,7 @@ def test_the_best_checkpoints_metrics_are_no_points_of_the_curves(fitted, events
 
 
 def test_histograms_are_what_the_step_computed(events):
-    expected = first_step(42, base_net())[2]
+    expected = first_step(42, small_net())[2]
     layers = [layer for layer in LAYERS if not layer.startswith("relu")]
     names = [f"net.{layer}.{part}" for layer in layers for part in ("weight", "bias")]
     tags = {f"{kind}/{name}" for kind in ("param", "grad") for name in names} | {f"act/net.{layer}" for layer in LAYERS}
@@ -321,13 +320,13 @@ def test_training_metrics_are_means_since_the_last_logging(folder, more):
 def test_labels_are_smoothed_in_training_only(folder):
     one = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.log_every_n_steps=1"]
     main([*FIT, "--wandb=null", *one, "--model.label_smoothing=0.1", "--model.optimizer.lr=0"])
-    logits, targets, _ = first_step(42, base_net())
+    logits, targets, _ = first_step(42, small_net())
     nats = -logits.log_softmax(dim=1)  # those of the target count 0.9 and a tenth of 0.1, the others the latter
     expected = 0.9 * nats[range(64), targets].mean() + 0.1 * nats.mean()
     assert events_of(RUN).Scalars("train/loss")[0].value == pytest.approx(expected.item(), rel=1e-6)
     images, targets = (part[:1000] for part in mnist("t10k"))
     with torch.no_grad():
-        plain = F.cross_entropy(base_net()(normalised(images)), targets).item()
+        plain = F.cross_entropy(small_net()(normalised(images)), targets).item()
     assert metrics_of(RUN)["test/loss"] == pytest.approx(plain, rel=1e-5)
 
 

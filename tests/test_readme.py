@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from conftest import REPO, assert_same_run, error_of, main, metrics_of, printed_config
 
-import sweep
-
 PAGES = {path.name: path.read_text() for path in [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]}
 BLOCKS = [
     block for page in PAGES.values() for block in re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
@@ -62,15 +60,6 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("command", [command for command in starting("python main.py") if ".help" not in command])
 def test_commands_of_main_are_understood(clone, capfd, command):
     assert printed_config(capfd, *[word for word in shlex.split(command) if word != "--print_config"])
-
-
-@pytest.mark.parametrize("command", starting("python sweep.py"))
-def test_commands_of_sweep_are_understood(clone, command):
-    (clone / "my_configs").mkdir()
-    for name in ("fast", "best"):
-        shutil.copy(REPO / f"configs/{name}.yaml", "my_configs")
-    options = [option for option in shlex.split(command) if option not in ("--dry_run", "--launcher=slurm")]
-    assert sweep.main([*options, "--dry_run", "--limit=2"]) == 0
 
 
 def test_the_mistake_is_reported_as_printed(clone, capfd):

@@ -289,7 +289,10 @@ MISTAKES = {
     "no base": (["--base=nix.yaml"], "nix.yaml' (with "),
     "no base at all": (["--base=[]"], "(with model.net.l1_chan=4, model.optimizer.nesterov=false; base is not given)"),
     "no model": (["--base=[]", "--fixed={}", grid(seed_everything=[1])], "no config file names a model (with seed_e"),
-    "base fails": ([f"--base=[{REPO}/configs/base.yaml, over.yaml]"], "unknown key modle.a"),
+    "base fails": (
+        [f"--base=[{REPO}/configs/base.yaml, over.yaml]"],
+        "over.yaml: unknown key modle (did you mean model?)",
+    ),
     "no program": (["--program=nix:main"], "program nix:main cannot be imported: ModuleNotFoundError"),
     "no function": (["--program=main:nix"], "program main:nix cannot be imported: AttributeError"),
     "broken program": (["--program=broken:main"], "program broken:main cannot be imported: SyntaxError"),
