@@ -34,10 +34,8 @@ def plain(name: str) -> None:
     torch.manual_seed(42)
     data = MNISTDataModule(str(REPO / "data"))
     data.setup("fit")
-    (images, targets), (val_images, val_targets) = (
-        (data.sets[part].tensors[0].unsqueeze(1).float().div(255).sub(0.1307).div(0.3081), data.sets[part].tensors[1])
-        for part in ("train", "val")
-    )
+    images, targets = data.on_after_batch_transfer(data.sets["train"].tensors, 0)
+    val_images, val_targets = data.on_after_batch_transfer(data.sets["val"].tensors, 0)
     config = yaml.safe_load((REPO / "configs" / name).read_text())["model"]["init_args"]
     net = CNN(**config["net"]["init_args"])
     net.to(memory_format=torch.channels_last if config["channels_last"] else torch.contiguous_format)
@@ -83,11 +81,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         for name, files in CONFIGS.items():
-            options = [
-                *(f"--config={REPO / 'configs' / file}.yaml" for file in files),
-                f"--data.data_dir={REPO / 'data'}",
-            ]
-            options.append(f"--trainer.max_epochs={EPOCHS}")
+            configs = [f"--config={REPO / 'configs' / file}.yaml" for file in files]
+            options = [*configs, f"--data.data_dir={REPO / 'data'}", f"--trainer.max_epochs={EPOCHS}"]
             fit, loop = [], []
             for _ in range(ROUNDS):
                 fit += epochs(str(REPO / "main.py"), "fit", *options)

@@ -10,9 +10,7 @@ import pytest
 from conftest import REPO, assert_same_run, error_of, main, metrics_of, printed_config
 
 PAGES = {path.name: path.read_text() for path in [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]}
-BLOCKS = [
-    block for page in PAGES.values() for block in re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", "\n".join(PAGES.values()), re.DOTALL | re.MULTILINE)
 LINES = "".join(text for language, text in BLOCKS if language == "").replace("\\\n", "").splitlines()
 COMMANDS = sorted({line.partition("  #")[0].strip() for line in LINES})
 LOCK = (REPO / "requirements.lock").read_text()
@@ -20,17 +18,15 @@ DOCKERFILE = (REPO / "Dockerfile").read_text()
 DEV, IMAGE = (stage.partition("\n")[2] for stage in re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:])
 
 
-def starting(*words: str) -> list[str]:
+def starting(program: str) -> list[str]:
     """The arguments of the pages' commands that start so."""
-    found = [
-        command.removeprefix(" ".join(words)).strip() for command in COMMANDS if command.startswith(" ".join(words))
-    ]
+    found = [command.removeprefix(program).strip() for command in COMMANDS if command.startswith(program)]
     assert found
     return found
 
 
 @pytest.fixture
-def clone(folder, capfd):
+def clone(folder):
     """A working directory with the configs, the files that the pages print, and a run's config.yaml."""
     for name in ("configs", "benchmarks"):
         (folder / name).symlink_to(REPO / name)

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import REPO, printed_config
 from jsonschema import Draft202012Validator
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if not path.stem.endswith("sweep")]
+CONFIGS = [path for path in sorted((REPO / "configs").glob("*.yaml")) if not path.stem.endswith("sweep")]
 
 
 @pytest.fixture(scope="module")
 def schema() -> Draft202012Validator:
     command = [sys.executable, "-m", "mnist_cnn.run.schema"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
     document = json.loads(result.stdout)
     Draft202012Validator.check_schema(document)
     return Draft202012Validator(document)
@@ -33,10 +33,8 @@ def test_every_config_is_valid(path: Path, schema: Draft202012Validator) -> None
 
 
 @pytest.mark.parametrize("name", ["base", "best"])
-def test_a_complete_config_is_valid(name: str, schema: Draft202012Validator) -> None:
-    command = [sys.executable, "main.py", "fit", f"--config=configs/{name}.yaml", "--print_config"]
-    complete = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    schema.validate(yaml.safe_load(complete))
+def test_a_complete_config_is_valid(name: str, schema: Draft202012Validator, capfd: Any) -> None:
+    schema.validate(yaml.safe_load(printed_config(capfd, "fit", f"--config={REPO}/configs/{name}.yaml")))
 
 
 @pytest.mark.parametrize(
