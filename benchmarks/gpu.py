@@ -26,14 +26,12 @@ from typing import Any
 
 import lightning
 import torch
-import yaml
 from lightning.pytorch import Callback
-from torch.nn import functional as F
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
-from mnist_cnn import CNN, MNISTDataModule, WarmupCosineLR  # noqa: E402
+from mnist_cnn import MNISTDataModule  # noqa: E402
 from mnist_cnn.data import TensorBatches  # noqa: E402
 
 BEGIN, END = "<!-- figures: written by make gpu -->", "<!-- end of figures -->"
@@ -81,40 +79,6 @@ class DeviceMNIST(MNISTDataModule):
         super().setup(stage)
         device = self.trainer.strategy.root_device
         self.sets = {name: DeviceBatches(*(t.to(device) for t in data.tensors)) for name, data in self.sets.items()}
-
-
-def plain_loop(device: str, short: bool) -> None:
-    """Trains base.yaml's net in a plain loop, all images on the device as floats; prints a line an epoch."""
-    config = yaml.safe_load((REPO / "configs/base.yaml").read_text())
-    settings, data = config["model"]["init_args"], MNISTDataModule(str(REPO / "data"))
-    data.setup("fit")
-    data.setup("test")
-    on_device = {name: tuple(tensor.to(device) for tensor in part.tensors) for name, part in data.sets.items()}
-    sets = {name: data.on_after_batch_transfer(tensors, 0) for name, tensors in on_device.items()}
-    (images, targets), size = sets["train"], data.batch_size
-    epochs, steps = config["trainer"]["max_epochs"], len(images) // size
-    if short:
-        epochs, steps = SHORT["trainer.max_epochs"], SHORT["trainer.limit_train_batches"]
-    torch.set_num_threads(1)
-    torch.manual_seed(42)
-    net = CNN(**settings["net"]["init_args"]).to(device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), **settings["optimizer"]["init_args"])
-    schedule = WarmupCosineLR(optimizer, epochs * steps)
-
-    @torch.no_grad()
-    def accuracy(name: str) -> float:
-        right = [net(x).argmax(1) == y for x, y in zip(*(tensor.split(data.eval_batch_size) for tensor in sets[name]))]
-        return torch.cat(right).float().mean().item()
-
-    for epoch in range(epochs):
-        for batch in torch.randperm(len(images), device=device)[: steps * size].split(size):
-            loss = F.cross_entropy(net(images[batch]), targets[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        print(f"epoch {epoch}  val/acc {accuracy('val'):.4f}")
-    print(f"test/acc {accuracy('test'):.4f}")
 
 
 @dataclass
@@ -199,8 +163,9 @@ class Bench:
         return Row("", epoch if config == "base.yaml" else None, metrics["seconds"], metrics["test/acc"], memory[0])
 
     def plain(self) -> Row:
-        """Runs the plain loop."""
-        output, epoch = self.run(__file__, "plain", f"--device={self.device}", *["--short"] * self.short)
+        """Runs the plain loop, with as many epochs as base.yaml has."""
+        size = ["--epochs=2", "--steps=4"] if self.short else []
+        output, epoch = self.run(str(REPO / "benchmarks/plain_loop.py"), "base.yaml", f"--device={self.device}", *size)
         return Row(epoch=epoch, accuracy=float(output.split()[-1]))
 
     def again(self) -> Row:
@@ -235,15 +200,11 @@ class Bench:
 def main() -> int:
     """Measures, prints and writes; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("part", nargs="?", choices=("plain",), help="what a process of this script measures")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--short", action="store_true", help="a few batches a run; docs/gpu.md is not written")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; --device=cpu --short tries the script without one")
-    if args.part:
-        plain_loop(args.device, args.short)
-        return 0
     start, rows, failed = time.monotonic(), [], False
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.chdir(folder)

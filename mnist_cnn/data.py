@@ -1,22 +1,20 @@
 """MNISTDataModule: MNIST and its siblings, in memory as uint8; a batch is one operation, normalised on the device."""
 
 import contextlib
-import itertools
 import os
-import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision import datasets
 
 from mnist_cnn.images import read_images
 from mnist_cnn.run.errors import UserError
+from mnist_cnn.run.loader import resumable_loader
 
 
 class TensorBatches(TensorDataset):
@@ -25,16 +23,6 @@ class TensorBatches(TensorDataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         index = torch.tensor(indices)
         return tuple(tensor.index_select(0, index) for tensor in self.tensors)
-
-
-class ResumableLoader(DataLoader):
-    """A DataLoader that skips the batches that a resumed epoch has already seen."""
-
-    loop: Any = None  # the trainer's loop over the batches of training
-
-    def __iter__(self) -> Any:
-        seen = self.loop.batch_progress.current.processed if self.loop and self.loop.restarting else 0
-        yield from itertools.islice(super().__iter__(), seen, None)
 
 
 class MNISTDataModule(LightningDataModule):
@@ -106,7 +94,6 @@ class MNISTDataModule(LightningDataModule):
             self.sets["test"] = TensorBatches(*self._read(train=False))
 
     def train_dataloader(self) -> DataLoader:
-        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader:
@@ -127,24 +114,17 @@ class MNISTDataModule(LightningDataModule):
         return (images.to(self.trainer.lightning_module.dtype) if self.trainer else images), targets
 
     def _loader(self, name: str) -> DataLoader:
-        images, trainer, is_train = self.sets[name], self.trainer, name == "train"
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # of seed_everything
-        processes = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        # Lightning tells it the epoch. Unlike torch's, its own repeats no image to make the processes' shares equal.
-        kind: type[DistributedSampler] = DistributedSampler if is_train else UnrepeatedDistributedSampler
-        sampler = kind(images, *processes, shuffle=is_train, seed=seed, drop_last=self.drop_last)
-        loader = ResumableLoader(
-            images,
-            batch_size=self.batch_size if is_train else self.eval_batch_size,
-            sampler=sampler,
-            drop_last=self.drop_last and is_train,
+        train = name == "train"
+        return resumable_loader(
+            self.sets[name],
+            self.trainer,
+            train,
+            batch_size=self.batch_size if train else self.eval_batch_size,
+            drop_last=self.drop_last and train,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=tuple,  # __getitems__ returns a batch
-            generator=torch.Generator().manual_seed(seed),  # not the global one, from which the model draws
         )
-        loader.loop = trainer.fit_loop.epoch_loop if trainer and is_train else None
-        return loader
 
     def _read(self, train: bool) -> tuple[Tensor, Tensor]:
         """The images, uint8 [N, 28, 28], and targets, int64 [N]."""

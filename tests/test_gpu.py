@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import FIT, QUIET, RUN, RUNS, assert_same_run, main
 
-from benchmarks import gpu
+from benchmarks import gpu, plain_loop
 from mnist_cnn import CNN
 
 
@@ -68,13 +68,7 @@ def accuracy_after_training(capfd, *options: str) -> float:
 
 @on_gpu
 @pytest.mark.parametrize(
-    "option",
-    [
-        "--trainer.precision=bf16-mixed",
-        "--model.channels_last=false",
-        "--model.channels_last=false",
-        "--data=benchmarks.gpu.DeviceMNIST",
-    ],
+    "option", ["--trainer.precision=bf16-mixed", "--model.channels_last=false", "--data=benchmarks.gpu.DeviceMNIST"]
 )
 def test_trains_on_the_device(folder, capfd, option):
     assert accuracy_after_training(capfd, option) > 0.4  # by chance 0.1
@@ -89,7 +83,7 @@ def test_images_on_the_device_are_the_same_batches(folder):
 
 @on_gpu
 def test_plain_loop(capfd):
-    gpu.plain_loop("cuda", short=True)
+    plain_loop.train(["base.yaml"], "cuda", epochs=1, steps=4)
     assert 0 < float(capfd.readouterr().out.split()[-1]) < 1
 
 

@@ -92,6 +92,35 @@ def test_a_monitor_that_the_module_does_not_log(folder, capfd):
     assert not (folder / "logs").exists()
 
 
+UNTYPED = """
+from torch import nn
+
+class Untyped(nn.Module):
+    def __init__(self, inner, width: int = 3):
+        super().__init__()
+"""
+
+
+@pytest.mark.parametrize("subcommand", [[], ["--print_config"]])
+def test_an_argument_without_a_type_gets_no_class(folder, capfd, subcommand):
+    (folder / "untyped.py").write_text(UNTYPED)
+    line = error_of(capfd, *BRIEF, "--model.net=untyped.Untyped", "--model.net.inner={class_path: CNN}", *subcommand)
+    assert line == "error: untyped.Untyped: give its argument inner a type, to get a CNN"
+
+
+def test_data_without_validation_is_noticed_before_training(folder, capfd):
+    (folder / "unvalidated.py").write_text(
+        "from torch.utils.data import DataLoader\n"
+        "from lightning.pytorch import LightningDataModule\n"
+        "class Unvalidated(LightningDataModule):\n"
+        "    def train_dataloader(self):\n"
+        "        return DataLoader([1.0])\n"
+    )
+    line = error_of(capfd, *BASE[:2], "--data=unvalidated.Unvalidated", "--wandb=null", "--tensorboard=null")
+    assert line.startswith("error: there is no validation (val_dataloader), not val/loss: change early_stopping.monitor")
+    assert not (folder / "logs").exists()
+
+
 NETS = """
 import torch
 from torch import nn

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import REPO, assert_same_run, error_of, main, metrics_of, printed_config
+from conftest import CONSTANT, REPO, assert_same_run, error_of, main, metrics_of, printed_config
 
 PAGES = {path.name: path.read_text() for path in [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]}
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", "\n".join(PAGES.values()), re.DOTALL | re.MULTILINE)
@@ -39,13 +39,19 @@ def clone(folder):
     return folder
 
 
-def test_links_and_pictures_are_files():
+def test_links_and_pictures_are_files_and_headings():
+    headings = {
+        name: {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall("^#+ (.*)", page, re.M)}
+        for name, page in PAGES.items()
+    }
     found = 0
     for name, page in PAGES.items():
-        targets = [target for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page) if "://" not in target]
+        links = [link for link in re.findall(r"\]\(([^)]+)\)", page) if "://" not in link]
         folder = REPO if name == "README.md" else REPO / "docs"
-        assert [target for target in targets if not (folder / target).exists()] == [], name
-        found += len(targets)
+        for file, _, heading in (link.partition("#") for link in links):
+            assert (folder / file).exists(), name
+            assert not heading or heading in headings[Path(file).name or name], name
+        found += len(links)
     assert found >= 40
 
 
@@ -71,10 +77,14 @@ def test_other_commands_exist():
 
 def test_a_data_module_and_a_model_as_printed(clone):
     (command,) = [command for command in starting("python main.py") if "--data=my_waves.Waves --model" in command]
-    main([*shlex.split(command), "--trainer.max_epochs=3", "--wandb=null", "--run_dir=whole"])
+    command = [*shlex.split(command), CONSTANT, "--trainer.max_epochs=3", "--wandb=null"]
+    main([*command, "--run_dir=whole"])
     assert metrics_of(Path("whole"))["val/acc"] > 0.6
     main(["fit", "--config=whole/config.yaml", "--run_dir=again"])
     assert_same_run(Path("again"), Path("whole"))
+    main([*command, "--run_dir=part", "--trainer.max_steps=50"])  # of 40 in an epoch
+    main([*command, "--run_dir=resumed", "--ckpt_path=part/checkpoints/last.ckpt"])
+    assert_same_run(Path("resumed"), Path("whole"))
 
 
 # The container

@@ -126,7 +126,7 @@ class MonitoredMetrics(Callback):
             self.check(trainer, logged)
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        if not sum(trainer.num_val_batches) and (trainer.val_dataloaders is not None or not trainer.limit_val_batches):
+        if not trainer.enable_validation or (trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)):
             self.check(trainer, [])  # there is no validation; it is not just unknown yet
 
     def check(self, trainer: Any, logged: list[str]) -> None:
@@ -139,9 +139,10 @@ class MonitoredMetrics(Callback):
         used += [("model.lr_scheduler.monitor", s.monitor) for s in trainer.lr_scheduler_configs if s.reduce_on_plateau]
         unknown = {key: metric for key, metric in used if re.match("val[/_i]", str(metric)) and metric not in logged}
         if unknown:
-            found, metrics = ", ".join(logged) or "nothing", ", ".join(dict.fromkeys(unknown.values()))
+            found = f"validation logs {', '.join(logged)}" if logged else "there is no validation (val_dataloader)"
+            metrics = ", ".join(dict.fromkeys(unknown.values()))
             options = " ".join(f"--{name}=null" for name in dict.fromkeys(key.rpartition(".")[0] for key in unknown))
-            raise UserError(f"validation logs {found}, not {metrics}: change {', '.join(unknown)}, or give {options}")
+            raise UserError(f"{found}, not {metrics}: change {', '.join(unknown)}, or give {options}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.callback_metrics.clear()

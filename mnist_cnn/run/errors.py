@@ -69,12 +69,18 @@ def convert(value: Any) -> Any:
 
 
 def drop_defaults(config: Any) -> None:
-    """Removes those defaults of a config's classes that YAML would change, such as a module, a class or a device."""
+    """Removes those defaults of a config's classes that YAML would change, such as a module, a class or a device.
+
+    Raises:
+        UserError: An argument without a type has a class, which jsonargparse does not instantiate then.
+    """
     for value in vars(config).values() if isinstance(config, Namespace) else config if isinstance(config, list) else ():
         drop_defaults(value)
     if isinstance(config, Namespace) and isinstance(config.get("init_args"), Namespace):
         for name, parameter in inspect.signature(pydoc.locate(config.class_path)).parameters.items():  # type: ignore
             value = config.init_args.get(name)
+            if parameter.annotation is parameter.empty and isinstance(value, Namespace | dict) and "class_path" in value:
+                raise UserError(f"{config.class_path}: give its argument {name} a type, to get a {value['class_path']}")
             try:
                 same = json.dumps(value) == json.dumps(convert(value))
             except (TypeError, UserError):  # jsonargparse can read an object by its type, not a class
@@ -157,5 +163,5 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         return f"{key}: there is no class {missing[1]} of this kind{hint}"
     value = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value|$)", message, re.MULTILINE)
     if value and reason.startswith(("Expected", "Not a")):
-        reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason) + f", got {value[1]!r}"
+        reason = re.sub(r"(a )?<class '([\w.]+)'>", r"\2", reason) + f", got {value[1]!r}"
     return f"{key}: {reason}" if key else reason

@@ -65,7 +65,8 @@ class Experiment(LightningModule):
             planned = getattr(config.scheduler, "total_steps", None)  # a checkpoint may have restored it
             if planned and planned < self.trainer.estimated_stepping_batches < math.inf:
                 steps = f"the schedule is for {planned} steps, training makes {self.trainer.estimated_stepping_batches}"
-                raise UserError(f"{steps}: leave total_steps out, or resume with the same number of epochs")
+                remedy = "resume with the same number of epochs" if self.trainer.ckpt_path else "leave total_steps out"
+                raise UserError(f"{steps}: {remedy}")
 
     def on_train_epoch_start(self) -> None:
         """Seeds dropout and the like by seed, epoch and process, so that a resumed run repeats an epoch exactly."""

@@ -77,7 +77,7 @@ def execute(sweep: Sweep, name: str, display: Display) -> Run:
             with contextlib.suppress(ProcessLookupError):  # it has no group yet
                 os.killpg(process.pid, signal.SIGKILL)
         elif sweep.interrupts and not stopped and os.getpgid(process.pid) == process.pid:  # it has its own handlers
-            display.say(f"stopping {name}; press Ctrl-C again to kill it")
+            display.say(f"stopping {name}; Ctrl-C kills it")
             os.kill(process.pid, signal.SIGINT)
             stopped = True
         process.join(0.25)
