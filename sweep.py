@@ -33,6 +33,7 @@ def sweep(
     metric: str = "val/acc",
     mode: Literal["max", "min"] = "max",
     program: str = "main:main",
+    jobs: PositiveInt = 1,
     dry_run: bool = False,
     limit: PositiveInt | None = None,
     max_failures: PositiveInt = 3,
@@ -50,11 +51,12 @@ def sweep(
         metric: Metric that runs are compared by, as metrics.json names it.
         mode: Whether a higher (max) or lower (min) metric is better.
         program: module:function, where function(args) returns its LightningCLI.
+        jobs: How many runs are executed at a time, each on one GPU if there are several jobs.
         dry_run: Write and check the configs, print the table of runs, run nothing.
         limit: Only the first runs of the grid.
         max_failures: Stop when so many runs fail in a row.
         config_dir: A folder of config files, each of which is run, instead of base and grid.
-        launcher: Where runs are executed: here, one after another, or as SLURM jobs.
+        launcher: Where runs are executed: here, or as SLURM jobs.
         slurm: What the launcher slurm requests for each run.
     """
     # Settings.
@@ -70,6 +72,8 @@ def sweep(
             raise UserError(f"grid: {key} must be a list of different values, got {json.dumps(values)}")
     if launcher == "slurm" and not (importlib.util.find_spec("submitit") and shutil.which("sbatch")):
         raise UserError("launcher slurm needs SLURM's commands on PATH, and submitit: pip install '.[cluster]'")
+    if launcher == "slurm" and jobs > 1:
+        raise UserError("jobs are those of this machine; launcher slurm has slurm.runs_at_once")
     if name is not None and not re.fullmatch(r"\w[\w.+=@ -]*", name):
         raise UserError(f"name: {name!r} is not the name of a folder: use letters, digits and . + = @ -")
     root = Path("logs/sweeps", name or Path(config_dir or "sweep").resolve().name)
@@ -84,7 +88,7 @@ def sweep(
         display.say(f"{len(names)} runs: {root / 'configs'}")
         return 0
     # Runs, each in a process of its own; results.csv after each; the table and the report at the end.
-    todo = local.Sweep(root, names, program, metric)
+    todo = local.Sweep(root, names, program, metric, jobs)
     ended = cluster.run_all(todo, display, slurm) if launcher == "slurm" else local.run_all(todo, display)
     return execute(todo, display, ended, max_failures)
 

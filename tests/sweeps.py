@@ -36,12 +36,12 @@ def settings(folder: Path, **changes) -> list[str]:
 
 
 def run_tiny(folder: Path) -> str:
-    """Runs a sweep of four runs with both loggers in `folder`; returns what it printed."""
+    """Runs a sweep of four runs with both loggers in `folder`, two at a time; returns what it printed."""
     fixed = dict(option.removeprefix("--").split("=") for option in [BASE[2], *SMALL, *SHORT])
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.chdir(folder)
-        assert sweep.main(settings(folder, fixed=fixed)) == 0, printed.getvalue()
+        assert sweep.main([*settings(folder, fixed=fixed), "--jobs=2"]) == 0, printed.getvalue()
     return printed.getvalue()
 
 

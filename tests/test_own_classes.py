@@ -117,7 +117,9 @@ def test_data_without_validation_is_noticed_before_training(folder, capfd):
         "        return DataLoader([1.0])\n"
     )
     line = error_of(capfd, *BASE[:2], "--data=unvalidated.Unvalidated", "--wandb=null", "--tensorboard=null")
-    assert line.startswith("error: there is no validation (val_dataloader), not val/loss: change early_stopping.monitor")
+    assert line.startswith(
+        "error: there is no validation (val_dataloader), not val/loss: change early_stopping.monitor"
+    )
     assert not (folder / "logs").exists()
 
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -21,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import sweep
 from main import main
 from mnist_cnn.sweeps.grid import complete_configs, labels, parse, run_names, short_names
+from mnist_cnn.sweeps.local import Sweep, idle
 
 # A sweep of four runs from its beginning to its end ------------------------------------------------------------------
 
@@ -458,6 +460,42 @@ def test_failed_runs_are_named_and_the_rest_is_run(foreign, capfd):
     assert len(trained()) == 5
     assert sweep.main([*args, "--max_failures=9"]) == 1
     assert len(trained()) == 8
+
+
+MEETS = """
+import os
+import time
+from pathlib import Path
+
+import foreign
+
+def main(args):
+    if "--print_config" not in args:
+        Path(f"gpu{os.environ['CUDA_VISIBLE_DEVICES']}").touch()
+        while len(list(Path().glob("gpu*"))) < 2:  # until both have begun
+            time.sleep(0.05)
+    return foreign.main(args)
+"""
+
+
+def test_several_jobs_run_at_a_time_each_with_a_gpu_of_its_own(foreign, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    Path("meets.py").write_text(MEETS)
+    args = ["--program=meets:main", *FOREIGN[1:], grid(model__lr=[0.1, 0.2, 0.3])]
+    assert sweep.main([*args, "--jobs=2"]) == 0
+    assert {path.name for path in Path().glob("gpu*")} == {"gpu3", "gpu5"}
+    assert statuses() == ["finished"] * 3
+
+
+def test_cores_that_stand_idle_are_noticed(tiny, monkeypatch):
+    todo = Sweep(tiny[0] / SWEEP, NAMES, "main:main", "val/acc")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(2))
+    assert idle(todo) == "2 cores, 1 in use: --jobs=2 would use both"
+    assert idle(replace(todo, jobs=2)) == ""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    assert idle(replace(todo, jobs=3)) == "8 cores, 3 in use: --jobs=8 would use all"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    assert idle(todo) == "3 GPUs, 1 in use: --jobs=3 would use all"
 
 
 FAULTS = {"forgets": "must return its LightningCLI; it returned None", "exits": "exits, but must return its Light"}

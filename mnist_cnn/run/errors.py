@@ -79,7 +79,11 @@ def drop_defaults(config: Any) -> None:
     if isinstance(config, Namespace) and isinstance(config.get("init_args"), Namespace):
         for name, parameter in inspect.signature(pydoc.locate(config.class_path)).parameters.items():  # type: ignore
             value = config.init_args.get(name)
-            if parameter.annotation is parameter.empty and isinstance(value, Namespace | dict) and "class_path" in value:
+            if (
+                parameter.annotation is parameter.empty
+                and isinstance(value, Namespace | dict)
+                and "class_path" in value
+            ):
                 raise UserError(f"{config.class_path}: give its argument {name} a type, to get a {value['class_path']}")
             try:
                 same = json.dumps(value) == json.dumps(convert(value))

@@ -28,22 +28,29 @@ def show_metric(value: float | None, key: str = "") -> str:
 
 
 class Display:
-    """One line per run and, on a terminal, a last line that is redrawn: the sweep's progress and the current run."""
+    """One line per run and, on a terminal, last lines that are redrawn: the sweep's progress and the running jobs."""
 
     def __init__(self, metric: str, mode: str) -> None:
         self.metric, self.mode = metric, mode
         self.start, self.ended, self.progress = time.time(), 0, ""
-        self.erase = "\r\x1b[K" if sys.stdout.isatty() else ""
+        self.drawn = 0  # lines that are redrawn
 
     def say(self, line: str) -> None:
         """Prints a line that stays."""
-        print(f"{self.erase}{line}", flush=True)
+        print(f"{self.erase()}{line}", flush=True)
 
-    def show(self, current: str) -> None:
-        """Redraws the last line."""
-        if self.erase:
-            line = f"{self.progress}  {current}".expandtabs()[: shutil.get_terminal_size().columns - 1]
-            print(f"{self.erase}{line}", end="", flush=True)
+    def show(self, *jobs: str) -> None:
+        """Redraws the last lines: the progress, and a line for each running job."""
+        if sys.stdout.isatty():
+            columns, rows = shutil.get_terminal_size()
+            lines = [line.expandtabs()[: columns - 1] for line in (self.progress, *jobs)][: rows - 1]
+            print(self.erase() + "\n".join(lines), end="", flush=True)
+            self.drawn = len(lines)
+
+    def erase(self) -> str:
+        """What moves a terminal's cursor to the first of the redrawn lines, and erases these."""
+        up, self.drawn = self.drawn - 1, 0
+        return "\r" + "\x1b[A" * up + "\x1b[J" if up >= 0 else ""
 
     def update(self, runs: list[Run], ended: Run | None) -> None:
         """Computes the progress from the state of all runs, and prints a line about one that has just ended."""

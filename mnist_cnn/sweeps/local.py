@@ -1,4 +1,4 @@
-"""Executes runs on this machine, one after another, each in a process of its own."""
+"""Executes runs on this machine, one after another or several at a time, each in a process of its own."""
 
 import contextlib
 import multiprocessing
@@ -11,10 +11,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from filelock import Timeout
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
@@ -33,6 +35,7 @@ class Sweep:
     names: list[str]
     program: str
     metric: str
+    jobs: int = 1
     start: float = field(default_factory=time.time)
     interrupts: int = 0  # how often Ctrl-C was pressed
     gave_up: bool = False  # too many runs failed in a row
@@ -47,46 +50,105 @@ class Sweep:
         return run.status != "finished" and (run.status != "failed" or (self.root / name).stat().st_mtime < self.start)
 
 
+class Job:
+    """A run that is executed in a process of its own; its lock is held until it has ended."""
+
+    def __init__(self, sweep: Sweep, name: str, held: Any, slot: int) -> None:
+        self.sweep, self.name, self.held, self.slot, self.stopped = sweep, name, held, slot, False
+        run = sweep.root / name
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir(exist_ok=True)
+        (run / "output.log").touch()
+        gpus = visible_gpus() if sweep.jobs > 1 else []
+        # A forked process has all that is imported, and the caches that checking the configs filled: it starts in a
+        # second.
+        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        args = (run.absolute(), sweep.program, gpus[slot % len(gpus)] if gpus else None)
+        self.process = context.Process(target=run_alone, args=args)
+        self.process.start()
+
+    def last_line(self) -> str:
+        """The last line of the log, or the last error in it; "" if it is empty."""
+        text = (self.sweep.root / self.name / "output.log").read_bytes()[-10_000:].decode(errors="replace")
+        lines = re.findall(r"\S[^\r\n]*", text)
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return ["", *lines, *errors][-1]
+
+    def forward_interrupts(self, display: Display) -> None:
+        """Stops the process after the first Ctrl-C, kills it after the second."""
+        if self.sweep.interrupts > 1:
+            with contextlib.suppress(ProcessLookupError):  # it has no group yet
+                os.killpg(self.process.pid, signal.SIGKILL)
+        elif self.sweep.interrupts and not self.stopped and os.getpgid(self.process.pid) == self.process.pid:
+            display.say(f"stopping {self.name}; Ctrl-C kills it")  # it has its own handlers now
+            os.kill(self.process.pid, signal.SIGINT)
+            self.stopped = True
+
+    def end(self) -> Run:
+        """Notes why the run did not finish, if it did not, and releases its lock."""
+        root, program, code = self.sweep.root, self.sweep.program, self.process.exitcode
+        if not (root / self.name / "metrics.json").exists():
+            reason = self.last_line() if code >= 0 else f"killed by {signal.Signals(-code).name}"
+            reason = reason if code else f"program {program} exits, but must return its LightningCLI"
+            interrupted = ("interrupted", "stopped by Ctrl-C or a signal")
+            write_status(root, self.name, *(interrupted if self.sweep.interrupts else ("failed", reason)))
+        self.held.lock.release()
+        return read_run(root, self.name, self.sweep.metric)
+
+
 def run_all(sweep: Sweep, display: Display) -> Iterator[Run]:
     """Executes the runs that are not finished, and yields each; waits for those that other processes execute."""
     if any("WandbLogger" in config.read_text(encoding="utf-8") for config in (sweep.root / "configs").glob("*.yaml")):
         import wandb.sdk.launch  # noqa: F401  W&B would import it in each run, which takes a second
-    while unfinished := [name for name in sweep.names if sweep.is_open(name)]:
-        for name in unfinished:
-            if sweep.interrupts or sweep.gave_up:
-                return
-            display.show(f"{run_number(name)}  waiting for the process that executes it")
-            with contextlib.suppress(Timeout), lock(sweep.root, name, timeout=0.25):
+    if (hint := idle(sweep)) and any(map(sweep.is_open, sweep.names)):
+        display.say(hint)
+    claims, jobs = claim(sweep), list[Job]()
+    while True:
+        stopping, claimed = sweep.interrupts or sweep.gave_up, None
+        while len(jobs) < sweep.jobs and not stopping and (claimed := next(claims, ())):
+            jobs.append(Job(sweep, *claimed, min({*range(sweep.jobs)} - {job.slot for job in jobs})))
+        if not jobs and (stopping or claimed == ()):
+            return
+        lines = [f"{run_number(job.name)}  {job.last_line()}" for job in jobs]
+        display.show(*lines or ["waiting for runs that other processes execute"])
+        for job in jobs:
+            job.forward_interrupts(display)
+        wait([job.process.sentinel for job in jobs], 0.25) if jobs else time.sleep(0.25)
+        for job in [job for job in jobs if not job.process.is_alive()]:
+            jobs.remove(job)
+            yield job.end()
+
+
+def claim(sweep: Sweep) -> Iterator[tuple[str, Any] | None]:
+    """Acquires the locks of the runs that are not finished, one after another; None: others execute those left."""
+    names = sweep.names
+    while names := [name for name in names if sweep.is_open(name)]:
+        for name in names:
+            with contextlib.suppress(Timeout):
+                held = lock(sweep.root, name, timeout=0)
                 if sweep.is_open(name):  # another process may have finished it meanwhile
-                    yield execute(sweep, name, display)
+                    yield name, held
+                else:
+                    held.lock.release()
+        yield None
 
 
-def execute(sweep: Sweep, name: str, display: Display) -> Run:
-    """Executes one run, whose lock this process holds, and notes why it did not finish."""
-    run, stopped = sweep.root / name, False
-    shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(exist_ok=True)
-    (log := run / "output.log").touch()
-    # A forked process has all that is imported, and the caches that checking the configs filled: it starts in a second.
-    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    process = context.Process(target=run_alone, args=(run.absolute(), sweep.program))
-    process.start()
-    while process.is_alive():
-        display.show(f"{run_number(name)}  {last_line(log)}")
-        if sweep.interrupts > 1:
-            with contextlib.suppress(ProcessLookupError):  # it has no group yet
-                os.killpg(process.pid, signal.SIGKILL)
-        elif sweep.interrupts and not stopped and os.getpgid(process.pid) == process.pid:  # it has its own handlers
-            display.say(f"stopping {name}; Ctrl-C kills it")
-            os.kill(process.pid, signal.SIGINT)
-            stopped = True
-        process.join(0.25)
-    if not (run / "metrics.json").exists():
-        reason = last_line(log) if process.exitcode >= 0 else f"killed by {signal.Signals(-process.exitcode).name}"
-        reason = reason if process.exitcode else f"program {sweep.program} exits, but must return its LightningCLI"
-        outcome = ("interrupted", "stopped by Ctrl-C or a signal") if sweep.interrupts else ("failed", reason)
-        write_status(sweep.root, name, *outcome)
-    return read_run(sweep.root, name, sweep.metric)
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    return given.split(",") if given else []
+
+
+def idle(sweep: Sweep) -> str:
+    """Says how many jobs would use cores or GPUs that stand idle; "" if none do."""
+    config = yaml.load((sweep.root / "configs" / f"{sweep.names[0]}.yaml").read_text("utf-8"), yaml.CSafeLoader)
+    on_cpu = config.get("trainer", {}).get("accelerator") == "cpu"
+    gpus, threads = [] if on_cpu else visible_gpus(), config.get("num_threads", 0)  # 0: unknown, of another program
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    kind, total, each = ("GPU", len(gpus), 1) if gpus else ("core", cores, threads)
+    possible = total // each if each else 0
+    used = f"{total} {kind}s, {each * sweep.jobs} in use: --jobs={possible} would use {'both' if total == 2 else 'all'}"
+    return used if possible > sweep.jobs else ""
 
 
 class Recorder(Callback):
@@ -118,8 +180,10 @@ def step_of(checkpoint: str | None, trainer: Any) -> int:
     return torch.load(checkpoint, "cpu", weights_only=False)["global_step"] if checkpoint else trainer.global_step
 
 
-def run_alone(run: Path, program: str) -> None:
+def run_alone(run: Path, program: str, gpu: str | None) -> None:
     """Executes a run in this process; writes config.yaml and metrics.json into its folder if the program does not."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.setsid()  # Ctrl-C in the terminal reaches the sweep only, which forwards it
@@ -151,10 +215,3 @@ def die_with_parent() -> None:
     """Kills this process and those that it started as soon as its parent has died."""
     multiprocessing.parent_process().join()  # type: ignore[union-attr]
     os.killpg(0, signal.SIGKILL)
-
-
-def last_line(log: Path) -> str:
-    """The last line of a log, or the last error in it; "" if it is empty."""
-    lines = re.findall(r"\S[^\r\n]*", log.read_bytes()[-10_000:].decode(errors="replace"))
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return ["", *lines, *errors][-1]

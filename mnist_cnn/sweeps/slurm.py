@@ -9,16 +9,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from filelock import Timeout
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from mnist_cnn.run.errors import UserError
+from mnist_cnn.sweeps import local
 from mnist_cnn.sweeps.display import Display
-from mnist_cnn.sweeps.ledger import Run, lock, read_run, write_status
-from mnist_cnn.sweeps.local import Sweep, execute
+from mnist_cnn.sweeps.ledger import Run, read_run, write_status
+from mnist_cnn.sweeps.local import Sweep
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Slurm:
 
 
 def run_job(sweep: Sweep, name: str) -> None:
-    """What a job does: executes the run, unless it is finished or another process executes it."""
+    """What a job does: executes the run, unless it is finished."""
+    sweep = replace(sweep, names=[name])
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # with it, submitit would end the run before its time is up
     signal.signal(signal.SIGTERM, sweep.interrupt)  # SLURM is about to end or requeue the job
     os.environ.pop("SLURM_NTASKS", None)  # with it, Lightning would take the run for one task of several
-    with contextlib.suppress(Timeout), lock(sweep.root, name, timeout=5):
-        if read_run(sweep.root, name, sweep.metric).status != "finished":
-            execute(sweep, name, Display(sweep.metric, "max"))
+    for _ in local.run_all(sweep, Display(sweep.metric, "max")):
+        pass
     if sweep.interrupts:
         os._exit(1)  # without a result for submitit, so that the job's state counts: it may be requeued
 

@@ -48,6 +48,7 @@ def test_random_kills_change_no_result(folder):
     SWEEP.rename("undisturbed")
     chance = random.Random(0)
     victims = chance.sample(list(KILLS), sum(KILLS.values()), counts=KILLS.values())
+    args += ["--jobs=2"]
     process, end, printed = start(*args), time.time() + 600, ""
     while victims:
         assert time.time() < end, f"{len(victims)} are still to be killed"
@@ -92,15 +93,17 @@ def test_a_run_dies_with_its_sweep_and_starts_over(foreign):
     assert process.returncode == 130
 
 
-def test_ctrl_c_in_a_terminal_ends_the_run_cleanly(foreign):
-    process = start(*FOREIGN, grid(model__fault=["pause", "x"]))
-    wait_for(trained, process)
+@pytest.mark.parametrize("jobs, ended", {1: ["interrupted", "pending"], 2: ["interrupted"] * 2}.items())
+def test_ctrl_c_in_a_terminal_ends_the_runs_cleanly(jobs, ended, foreign):
+    process = start(*FOREIGN, "--fixed.model.fault=pause", grid(model__lr=[0.1, 0.2]), f"--jobs={jobs}")
+    wait_for(lambda: len(trained()) == jobs, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "Traceback" not in printed
     assert printed.splitlines()[-1] == "stopped: the same command continues from here"
-    assert statuses() == ["interrupted", "pending"]
-    assert "attempting graceful shutdown" in (SWEEP / "000-fault=pause/output.log").read_text()
+    assert statuses() == ended
+    for log in SWEEP.glob("*/output.log"):
+        assert "attempting graceful shutdown" in log.read_text()
 
 
 def test_two_sweeps_share_the_work(foreign):
@@ -130,8 +133,8 @@ def test_a_terminal_shows_the_whole_sweep_while_it_runs(foreign):
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
     assert "\u2501" in text  # the bar
-    state = r"\u2501 +\[2/3\]  best 0\.\d{4} \(000\)  0:00:\d\d left  1 failed  002  \S"
-    assert any(re.search(state, line) for line in lines)
+    state = r"\u2501 +\[2/3\]  best 0\.\d{4} \(000\)  0:00:\d\d left  1 failed\n002  \S"
+    assert re.search(state, "\n".join(lines))
     lines = [line for line in lines if line]
     assert lines[-2].startswith("2 of 3 runs are finished") and lines[-1].startswith("report: ")
 
