@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,7 @@ def sweep(
     config_dir: str | None = None,
     launcher: Literal["local", "slurm"] = "local",
     slurm: cluster.Slurm = cluster.Slurm(),  # noqa: B008  it cannot be changed
+    status: Path | None = None,
 ) -> int:
     """Writes a complete config for each point of a grid, runs them, and compares the results; 0 if all are finished.
 
@@ -58,7 +60,10 @@ def sweep(
         config_dir: A folder of config files, each of which is run, instead of base and grid.
         launcher: Where runs are executed: here, or as SLURM jobs.
         slurm: What the launcher slurm requests for each run.
+        status: Only print the runs of this sweep's folder, which may be running.
     """
+    if status:
+        return print_status(status)
     # Settings.
     base, grid, fixed = [base] if isinstance(base, str) else base, flat_keys(grid), flat_keys(fixed)
     files = sorted(Path(config_dir).glob("*.yaml")) if config_dir else []
@@ -74,11 +79,7 @@ def sweep(
         raise UserError("launcher slurm needs SLURM's commands on PATH, and submitit: pip install '.[cluster]'")
     if launcher == "slurm" and jobs > 1:
         raise UserError("jobs are those of this machine; launcher slurm has slurm.runs_at_once")
-    if name is not None and not re.fullmatch(r"\w[\w.+=@ -]*", name):
-        raise UserError(f"name: {name!r} is not the name of a folder: use letters, digits and . + = @ -")
-    root = Path("logs/sweeps", name or Path(config_dir or "sweep").resolve().name)
-    if config_dir and not name and Path(config_dir, "../.locks").exists():  # the configs of a sweep
-        root = Path(config_dir).parent
+    root = folder_of(name, config_dir)
     # Points and their complete configs, all checked before anything is written.
     settings = {"base": base, "grid": grid, "fixed": fixed, "name": name, "metric": metric, "mode": mode}
     names = write_configs(root, settings | {"program": program}, files, limit)
@@ -91,6 +92,15 @@ def sweep(
     todo = local.Sweep(root, names, program, metric, jobs)
     ended = cluster.run_all(todo, display, slurm) if launcher == "slurm" else local.run_all(todo, display)
     return execute(todo, display, ended, max_failures)
+
+
+def folder_of(name: str | None, config_dir: str | None) -> Path:
+    """The folder of a sweep; for the configs of an older sweep, that one's."""
+    if name is not None and not re.fullmatch(r"\w[\w.+=@ -]*", name):
+        raise UserError(f"name: {name!r} is not the name of a folder: use letters, digits and . + = @ -")
+    if config_dir and not name and Path(config_dir, "../.locks").exists():
+        return Path(config_dir).parent
+    return Path("logs/sweeps", name or Path(config_dir or "sweep").resolve().name)
 
 
 def write_configs(root: Path, settings: dict[str, Any], files: list[Path], limit: int | None) -> list[str]:
@@ -138,9 +148,20 @@ def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[ledger.Run
     return int(len(finished) < len(runs))
 
 
+def print_status(root: Path) -> int:
+    """Prints the runs of a sweep's folder, the best first, and how many have which status."""
+    settings = {"metric": "val/acc", "mode": "max"} | ledger.read_settings(root)
+    if not (runs := ledger.read_runs(root, settings["metric"])):
+        raise UserError(f"{root} is not the folder of a sweep: it has no configs/*.yaml")
+    display = Display(settings["metric"], settings["mode"])
+    display.print_table(sort_runs(runs, display.metric, display.mode))
+    display.say(", ".join(f"{count} {status}" for status, count in Counter(run.status for run in runs).items()))
+    return 0
+
+
 def main(args: list[str]) -> int:
     """The command line; returns the exit status."""
-    if not any(arg.startswith(("--config", "--grid", "-h", "--help")) for arg in args):
+    if not any(arg.startswith(("--config", "--grid", "--status", "-h", "--help")) for arg in args):
         args = [f"--config={Path(__file__).parent / 'configs/sweep.yaml'}", *args]
     args = ["--dry_run=true" if arg == "--dry_run" else arg for arg in args]
     # jsonargparse keeps only the last of two settings --grid.model.A and --grid.model.B; flat_keys reverts this.

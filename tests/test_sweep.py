@@ -498,6 +498,36 @@ def test_cores_that_stand_idle_are_noticed(tiny, monkeypatch):
     assert idle(todo) == "3 GPUs, 1 in use: --jobs=3 would use all"
 
 
+def test_after_a_failure_the_run_that_has_least_in_common_with_it_is_next(foreign):
+    args = [*FOREIGN, "--max_failures=2"]
+    assert sweep.main([*args, grid(model__fault=["exit", None], model__lr=[0.1, 0.2, 0.3])]) == 1
+    order = [Path(run).name.partition("-")[0] for run in trained()]
+    assert order == ["000", "004", "005", "001", "003", "002"]  # of the last three, each has one value of the first
+    os.remove("trained.txt")
+    with pytest.raises(SystemExit):  # all that is left fails
+        sweep.main([*args, grid(model__fault=["exit", None], model__lr=[0.1, 0.2, 0.3, 0.4])])
+    assert Path(trained()[0]).name.endswith("fault=null-lr=0.4")  # the others have failed before
+
+
+def test_the_status_of_a_sweep_is_printed_and_its_folder_not_touched(foreign, capfd):
+    args = [*FOREIGN, grid(model__fault=["exit", None], model__lr=[0.1, 0.2])]
+    assert sweep.main([*args, "--limit=3"]) == 1
+    assert sweep.main([*args, "--dry_run"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in SWEEP.rglob("*")}
+    capfd.readouterr()
+    assert sweep.main([f"--status={SWEEP}"]) == 0
+    header, *lines, counts = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert header[:4] == ["run", "status", "fault", "lr"]
+    assert [line[:2] for line in lines] == [
+        ["002", "finished"],
+        *([run, "failed"] for run in ("000", "001")),
+        ["003", "pending"],
+    ]
+    assert " ".join(counts) == "2 failed, 1 finished, 1 pending"
+    assert {path: path.stat().st_mtime_ns for path in SWEEP.rglob("*")} == before
+    assert "logs is not the folder of a sweep" in error_of(capfd, "--status", "logs")
+
+
 FAULTS = {"forgets": "must return its LightningCLI; it returned None", "exits": "exits, but must return its Light"}
 
 

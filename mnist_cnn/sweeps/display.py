@@ -72,11 +72,12 @@ class Display:
         self.progress = "  ".join([f"{'━' * (20 * done // len(runs)):20} {count}", *parts])
 
     def print_table(self, runs: list[Run]) -> None:
-        """Prints one row per run: number, swept values, metrics; rows are cut to the terminal's width."""
+        """Prints one row per run: number, status if these differ, swept values, metrics, as far as a row has room."""
         labels, table, width = swept_labels(runs), [], shutil.get_terminal_size((200, 24)).columns
         for run in runs:
             metrics = {key: show_metric(value, key) for key, value in run.metrics.items()}
-            table.append({"run": run_number(run.name)} | labels[run.name] | metrics)
+            status = {"status": run.status} if len({run.status for run in runs}) > 1 else {}
+            table.append({"run": run_number(run.name)} | status | labels[run.name] | metrics)
         columns = list(dict.fromkeys(column for row in table for column in row))
         rows = [columns, *([row.get(column, "") for column in columns] for row in table)]
         lengths = [max(map(len, cells)) for cells in zip(*rows)]

@@ -58,7 +58,8 @@ def read_run(root: Path, name: str, metric: str) -> Run:
     if (folder / "status.json").exists():
         return Run(name, swept, **json.loads((folder / "status.json").read_text(encoding="utf-8")))
     try:
-        lock(root, name, timeout=0).lock.release()
+        if (root / ".locks" / f"{name}.lock").exists():
+            lock(root, name, timeout=0).lock.release()
         return Run(name, swept)
     except Timeout:
         return Run(name, swept, "running")

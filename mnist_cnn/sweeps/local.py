@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -24,7 +25,7 @@ from mnist_cnn.run.errors import fail
 from mnist_cnn.run.folder import write_metrics
 from mnist_cnn.sweeps.display import Display
 from mnist_cnn.sweeps.grid import import_program
-from mnist_cnn.sweeps.ledger import Run, lock, read_run, run_number, write_status
+from mnist_cnn.sweeps.ledger import Run, lock, read_run, run_number, swept_values, write_status
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Sweep:
     start: float = field(default_factory=time.time)
     interrupts: int = 0  # how often Ctrl-C was pressed
     gave_up: bool = False  # too many runs failed in a row
+    failed: list[str] = field(default_factory=list)  # names of runs
 
     def interrupt(self, *_: Any) -> None:
         """Handles SIGINT and SIGTERM."""
@@ -116,16 +118,27 @@ def run_all(sweep: Sweep, display: Display) -> Iterator[Run]:
         wait([job.process.sentinel for job in jobs], 0.25) if jobs else time.sleep(0.25)
         for job in [job for job in jobs if not job.process.is_alive()]:
             jobs.remove(job)
-            yield job.end()
+            run = job.end()
+            sweep.failed += [run.name] if run.status == "failed" else []
+            yield run
 
 
 def claim(sweep: Sweep) -> Iterator[tuple[str, Any] | None]:
-    """Acquires the locks of the runs that are not finished, one after another; None: others execute those left."""
-    names = sweep.names
-    while names := [name for name in names if sweep.is_open(name)]:
-        for name in names:
+    """Acquires the locks of the runs that are not finished, one after another; None: others execute those left.
+
+    Runs that have failed come last, and before them those that share values with them, so that a few bad values stop
+    no others.
+    """
+    values = {
+        name: set(map(repr, swept_values(sweep.root / "configs" / f"{name}.yaml").items())) for name in sweep.names
+    }
+    sweep.failed = [name for name in sweep.names if read_run(sweep.root, name, sweep.metric).status == "failed"]
+    while names := [name for name in values if sweep.is_open(name)]:
+        while names:
+            shared = Counter(value for name in sweep.failed for value in values[name])
+            names.sort(key=lambda name: (name in sweep.failed, sum(shared[value] for value in values[name])))
             with contextlib.suppress(Timeout):
-                held = lock(sweep.root, name, timeout=0)
+                held = lock(sweep.root, name := names.pop(0), timeout=0)
                 if sweep.is_open(name):  # another process may have finished it meanwhile
                     yield name, held
                 else:
