@@ -5,7 +5,6 @@ Its folder, logs/sweeps/NAME, holds its state: the same command continues a stop
 
 import importlib.util
 import itertools
-import json
 import re
 import shutil
 import signal
@@ -22,13 +21,14 @@ from mnist_cnn.run.errors import Parser, UserError, fail
 from mnist_cnn.sweeps import ledger, local
 from mnist_cnn.sweeps import slurm as cluster
 from mnist_cnn.sweeps.display import Display, sort_runs
-from mnist_cnn.sweeps.grid import complete_configs, flat_keys, parse, run_names
+from mnist_cnn.sweeps.grid import complete_configs, flat_keys, parse, points_of, run_names, swept_of
 from mnist_cnn.sweeps.report import report
 
 
 def sweep(
     base: list[str] | str = [],  # noqa: B006  the defaults are only read
     grid: dict[str, Any] = {},  # noqa: B006
+    exclude: list[dict[str, Any]] = [],  # noqa: B006
     fixed: dict[str, Any] = {},  # noqa: B006
     name: str | None = None,
     metric: str = "val/acc",
@@ -48,6 +48,8 @@ def sweep(
     Args:
         base: Config files of the program with which every run begins.
         grid: Key, as on the program's command line -> list of values. Those of `config` are files on top of base.
+            `key, other key` -> list of pairs: both vary together.
+        exclude: Settings of the grid (key -> value); a point that has all those of one item is left out.
         fixed: Key -> value, in every run in which the grid does not set the key.
         name: The folder in logs/sweeps, and the runs' group in W&B; null: the name of config_dir, or "sweep".
         metric: Metric that runs are compared by, as metrics.json names it.
@@ -72,17 +74,15 @@ def sweep(
     grid = {"config": [str(file) for file in files]} if files else grid
     if not grid:
         raise UserError("the grid is empty: give --config, --grid or --config_dir")
-    for key, values in grid.items():
-        if not isinstance(values, list) or not values or len(set(map(json.dumps, values))) < len(values):
-            raise UserError(f"grid: {key} must be a list of different values, got {json.dumps(values)}")
     if launcher == "slurm" and not (importlib.util.find_spec("submitit") and shutil.which("sbatch")):
         raise UserError("launcher slurm needs SLURM's commands on PATH, and submitit: pip install '.[cluster]'")
     if launcher == "slurm" and jobs > 1:
         raise UserError("jobs are those of this machine; launcher slurm has slurm.runs_at_once")
     root = folder_of(name, config_dir)
     # Points and their complete configs, all checked before anything is written.
-    settings = {"base": base, "grid": grid, "fixed": fixed, "name": name, "metric": metric, "mode": mode}
-    names = write_configs(root, settings | {"program": program}, files, limit)
+    settings = {"base": base, "grid": grid, "exclude": list(map(flat_keys, exclude)), "fixed": fixed}
+    settings |= {"name": name, "metric": metric, "mode": mode, "program": program}
+    names = write_configs(root, settings, files, limit)
     display = Display(metric, mode)
     if dry_run:
         display.print_table([ledger.read_run(root, name, metric) for name in names[:100]])
@@ -105,17 +105,16 @@ def folder_of(name: str | None, config_dir: str | None) -> Path:
 
 def write_configs(root: Path, settings: dict[str, Any], files: list[Path], limit: int | None) -> list[str]:
     """Checks the complete configs of all points, writes those that do not exist yet, and returns the runs' names."""
-    grid = settings["grid"]
-    points = list(itertools.islice(itertools.product(*(range(len(values)) for values in grid.values())), limit))
-    print(f"checking {len(points)} configs", flush=True)
-    configs = complete_configs(lambda point: parse(settings, point), points)
+    grid, points = settings["grid"], points_of(settings["grid"], settings["exclude"])
+    print(f"checking {len(points[:limit])} configs", flush=True)
+    configs = complete_configs(lambda point: parse(settings, point), points[:limit])
     with ledger.lock(root, "sweep"):
         if files:  # perhaps those of a sweep, whose base, grid and fixed stay in sweep.yaml
             settings |= ledger.read_settings(root) | {key: settings[key] for key in ("program", "metric", "mode")}
             names, swept = [file.stem for file in files], [ledger.swept_values(file) for file in files]
         else:
-            names = run_names((path.stem for path in (root / "configs").glob("*.yaml")), grid)
-            swept = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+            names = run_names((path.stem for path in (root / "configs").glob("*.yaml")), grid, points)
+            swept = [swept_of(grid, point) for point in points]
         contents = {name: ledger.to_yaml(config, values) for name, config, values in zip(names, configs, swept)}
         ledger.write_sweep(root, settings, contents)
     return sorted(contents)

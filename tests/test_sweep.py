@@ -138,7 +138,7 @@ def test_values_get_short_names_that_distinguish_them():
     assert [*labels(values[:3]).values()] == shown[:3]
     assert [*labels([None, "a/b.yaml", ["c/d.yaml", "e.v2.yaml"]]).values()] == ["null", "b", "d-e.v2"]
     alike = [{"class_path": "x.Adam"}, {"class_path": "y.Adam"}, "1", 1, "\u00e9", "\u00e8", "x" * 300, "x" * 301]
-    names = run_names([], {"model.key": alike})
+    names = run_names([], {"model.key": alike}, [(index,) for index in range(len(alike))])
     assert [name[:8] for name in names] == [f"00{index}-key=" for index in range(len(alike))]
     assert len({name[4:] for name in names}) == len(alike)
     assert all(name.isascii() and len(name) < 200 for name in names)
@@ -164,6 +164,44 @@ def test_combined_configs_are_what_the_parser_makes_of_each_combination(axes, fo
     parse_once = functools.cache(functools.partial(parse, swept))
     for point, config in zip(points, complete_configs(parse_once, points)):
         assert repr(sorted(config.items())) == repr(sorted(parse_once(point).items()))
+
+
+def test_pairs_vary_together_and_excluded_points_are_left_out(folder, capfd):
+    axes = {
+        "model.net.l1_chan, model.net.l2_chan": [[4, 8], [8, 16]],
+        "model.optimizer": ["SGD", {"class_path": "SGD", "init_args": {"momentum": 0.8}}, "Adam"],
+        "model.optimizer.lr": [0.1, 0.01],
+    }
+    exclude = [
+        {"model.optimizer": "Adam", "model.optimizer.lr": 0.1},
+        {"model.net.l1_chan": 8, "model.optimizer": "SGD"},
+    ]
+    assert sweep.main([*settings(folder, grid=axes, exclude=exclude), "--dry_run"]) == 0
+    configs = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((SWEEP / "configs").iterdir())}
+    assert len(configs) == 8
+    assert next(iter(configs)) == "000-l1_chan=4-l2_chan=8-optimizer=SGD-lr=0.1"
+    found = set()
+    for config in configs.values():
+        net, optimizer = (config["model"]["init_args"][name] for name in ("net", "optimizer"))
+        arguments = optimizer["init_args"]
+        kind = optimizer["class_path"].rpartition(".")[2], arguments.get("momentum"), arguments["lr"]
+        found.add((net["init_args"]["l1_chan"], net["init_args"]["l2_chan"], *kind))
+    sgd = {(*net, "SGD", 0.8, lr) for net in ((4, 8), (8, 16)) for lr in (0.1, 0.01)}
+    assert found == sgd | {
+        (4, 8, "SGD", 0.9, 0.1),
+        (4, 8, "SGD", 0.9, 0.01),
+        (4, 8, "Adam", None, 0.01),
+        (8, 16, "Adam", None, 0.01),
+    }
+
+
+def test_a_point_that_is_excluded_need_not_be_valid(folder, capfd):
+    axes = {"model.optimizer": ["SGD", "Adam"], "data.batch_size": [8, 0]}
+    args = settings(folder, grid=axes, exclude=[{"data.batch_size": 0, "model.optimizer": "SGD"}])
+    assert "data.batch_size" in error_of(capfd, *args, "--dry_run")
+    args = settings(folder, grid=axes, exclude=[{"data.batch_size": 0}])
+    assert sweep.main([*args, "--dry_run"]) == 0
+    assert len(os.listdir(SWEEP / "configs")) == 2
 
 
 def test_each_value_of_an_independent_axis_is_parsed_once():
@@ -311,6 +349,21 @@ MISTAKES = {
     "broken configs": (["--config=odd.yaml"], "config file odd.yaml: it has no settings"),
     "setting": (["--nmae=x"], "unknown key nmae (did you mean name?)"),
     "limit": (["--limit=0"], "limit: "),
+    "jobs": (["--jobs=0"], "jobs: "),
+    "pairs": (
+        [grid(**{"data.batch_size, model.optimizer.lr": [[1, 0.1], [2]]})],
+        "must be lists of 2 values, one of th",
+    ),
+    "key twice": ([grid(**{"data.batch_size, data.batch_size": [[1, 2]]})], "data.batch_size is given twice"),
+    "excludes nothing": (
+        ['--exclude=[{"model.net.l1_chann": 4}]'],
+        'no point of the grid has {"model.net.l1_chann": 4}',
+    ),
+    "excludes all": (['--exclude=[{"model.net.l1_chan": 4}, {"model.net.l1_chan": 8}]'], "exclude leaves no point"),
+    "key of one class": (
+        ['--grid={"model.optimizer": ["SGD", "Adam"], "model.optimizer.momentum": [0.8, 0.9]}'],
+        "write the class with its arguments as one value, or use exclude",
+    ),
     "mode": (["--mode=best"], "mode: "),
     "failures": (["--max_failures=0"], "max_failures: "),
     "slurm's setting": (["--slurm.tme=3"], "unknown key slurm.tme (did you mean slurm.time?)"),

@@ -27,10 +27,38 @@ def flat_keys(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings by their whole keys: {"model": {"net.l1_chan": 4}} -> {"model.net.l1_chan": 4}."""
     settings = json.loads(json.dumps(settings, default=vars))  # jsonargparse makes Namespaces of some dicts
     flat = [(".".join(path).replace("/", "."), value) for path, value in flatten(settings).items() if path]
-    names = [re.sub(r"\.(init_args|class_path)\b", "", key) for key, _ in flat]
+    names = [re.sub(r"\.(init_args|class_path)\b", "", name) for key, _ in flat for name in key.split(", ")]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{repeated[0]} is given twice")
     return dict(flat)
+
+
+def swept_of(grid: dict[str, list[Any]], point: Point) -> dict[str, Any]:
+    """The settings of a point of a grid: key -> value. An axis `a, b` varies two keys, its values are pairs."""
+    axes = [(key.split(", "), values[index]) for (key, values), index in zip(grid.items(), point)]
+    return {key: one for keys, value in axes for key, one in zip(keys, value if len(keys) > 1 else [value])}
+
+
+def points_of(grid: dict[str, list[Any]], exclude: list[dict[str, Any]]) -> list[Point]:
+    """The points of a grid, without those that have all settings of an item of `exclude`."""
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values or len(set(map(json.dumps, values))) < len(values):
+            raise UserError(f"grid: {key} must be a list of different values, got {json.dumps(values)}")
+        count = len(key.split(", "))
+        for value in values if count > 1 else ():
+            if not isinstance(value, list) or len(value) != count:
+                raise UserError(f"grid: {key} must be lists of {count} values, one of them is {json.dumps(value)}")
+    points = list(itertools.product(*(range(len(values)) for values in grid.values())))
+    settings = {point: {(key, json.dumps(value)) for key, value in swept_of(grid, point).items()} for point in points}
+    excluded: set[Point] = set()
+    for part in exclude:
+        items = {(key, json.dumps(value)) for key, value in part.items()}
+        if not (found := {point for point in points if items <= settings[point]}):
+            raise UserError(f"exclude: no point of the grid has {json.dumps(part)}")
+        excluded |= found
+    if len(excluded) == len(points):
+        raise UserError("exclude leaves no point of the grid")
+    return [point for point in points if point not in excluded]
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
@@ -44,18 +72,21 @@ def labels(values: Iterable[Any]) -> dict[str, str]:
     """The JSON of each value -> a label: all are different, safe in a file name, and independent of later values."""
     names: dict[str, str] = {}
     for value in values:
-        code = json.dumps(value)
+        if (code := json.dumps(value)) in names:
+            continue
         text = re.sub(r'"class_path": |(\w+\.)+(?=[A-Z])|[^/" ]*/|\.ya?ml\b', "", code)  # no modules and folders
         name = re.sub(r"[^\w.+-]+", "-", text.strip('[{"}]'))[:30]
-        names.setdefault(code, f"{name}~{zlib.crc32(code.encode()):x}" if name in names.values() else name)
+        names[code] = f"{name}~{zlib.crc32(code.encode()):x}" if name in names.values() else name
     return names
 
 
-def run_names(existing: Iterable[str], grid: dict[str, list[Any]]) -> list[str]:
+def run_names(existing: Iterable[str], grid: dict[str, list[Any]], points: list[Point]) -> list[str]:
     """A name for each point of a grid, like `000-l1_chan=4-lr=0.1`; existing runs, all in the grid, keep theirs."""
-    short = short_names(grid)
-    axes = [[f"{short[key]}={label}" for label in labels(values).values()] for key, values in grid.items()]
-    names = ["-".join(settings) for settings in itertools.product(*axes)]
+    swept = [swept_of(grid, point) for point in points]
+    short = short_names(swept[0])
+    shown = {key: labels(settings[key] for settings in swept) for key in short}
+    parts = [[f"{short[key]}={shown[key][json.dumps(value)]}" for key, value in settings.items()] for settings in swept]
+    names = ["-".join(settings) for settings in parts]
     names = [name if len(name) < 150 else f"{name[:140]}~{zlib.crc32(name.encode()):x}" for name in names]
     known = {run.partition("-")[2]: run for run in existing}
     if others := [known[name] for name in known.keys() - names]:
@@ -110,7 +141,7 @@ def print_config(program: str, args: list[str]) -> dict[str, Any]:
 
 def parse(settings: dict[str, Any], point: Point) -> Config:
     """The complete config of a point, as the program prints it."""
-    swept = {key: values[index] for (key, values), index in zip(settings["grid"].items(), point)}
+    swept = swept_of(settings["grid"], point)
     both = settings["fixed"] | swept
     overlays = both.pop("config", None) or []
     files = [*settings["base"], *([overlays] if isinstance(overlays, str) else overlays)]  # the last one wins
@@ -121,30 +152,40 @@ def parse(settings: dict[str, Any], point: Point) -> Config:
             raise UserError("no config file names a model")
     except UserError as error:
         values = ", ".join(f"{key}={json.dumps(value)}" for key, value in swept.items())
-        raise UserError(f"{error} (with {values}{'' if files else '; base is not given'})") from None
+        of_class = any(f"unknown key {key}." in str(error) for key in swept)
+        remedy = "; write the class with its arguments as one value, or use exclude" if of_class else ""
+        raise UserError(f"{error} (with {values}{'' if files else '; base is not given'}){remedy}") from None
     return {path: value for path, value in flatten(config).items() if not str(value).startswith(UNSERIALIZABLE)}
 
 
 def complete_configs(parse: Callable[[Point], Config], points: list[Point]) -> list[Config]:
     """The complete config of each point of a grid, from far fewer calls of the program's parser.
 
-    Each value is parsed once, beside the first values of the other axes, and changes the same keys in all configs. Axes
-    that change the same keys are parsed in all combinations. If one of a few samples is wrong, every point is parsed.
+    Each value is parsed once, beside the first point's values of the other axes, and changes the same keys in all
+    configs. Axes that change the same keys are parsed in all combinations. If one of a few samples is wrong, or a
+    combination that is no point of the grid cannot be parsed, every point is parsed.
     """
     parse, axes = functools.cache(parse), range(len(points[0]))
-    first = parse(points[0])
+    first, known = parse(points[0]), set(points)
 
-    def changed(point: Point, group: set[int]) -> Config:  # with the first values of the other axes
-        return changes(first, parse(tuple(index if axis in group else 0 for axis, index in enumerate(point))))
+    def changed(point: Point, group: set[int]) -> Config:  # with the first point's values of the other axes
+        mixed = tuple(index if axis in group else points[0][axis] for axis, index in enumerate(point))
+        try:
+            return changes(first, parse(mixed))
+        except UserError as error:
+            raise error if mixed in known else KeyError(mixed) from error
 
     def combine(point: Point, groups: list[set[int]]) -> Config:
         config = first | {path: value for group in groups for path, value in changed(point, group).items()}
         return {path: value for path, value in config.items() if value is not ...}
 
-    paths = [{path for point in points for path in changed(point, {axis})} for axis in axes]
-    related = {axis for axis, other in itertools.permutations(axes, 2) if paths[axis] & paths[other]}
-    groups = [related, *({axis} for axis in axes if axis not in related)]
-    samples = [*points[:: len(points) // 3 + 1], points[-1]]
-    if any(changes(combine(point, groups), parse(point)) for point in samples):
-        groups = [set(axes)]
-    return [combine(point, groups) for point in points]
+    try:
+        paths = [{path for point in points for path in changed(point, {axis})} for axis in axes]
+        related = {axis for axis, other in itertools.permutations(axes, 2) if paths[axis] & paths[other]}
+        groups = [related, *({axis} for axis in axes if axis not in related)]
+        samples = [*points[:: len(points) // 3 + 1], points[-1]]
+        if all(changes(combine(point, groups), parse(point)) == {} for point in samples):
+            return [combine(point, groups) for point in points]
+    except KeyError:  # a combination that was excluded
+        pass
+    return [parse(point) for point in points]
