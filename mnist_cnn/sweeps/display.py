@@ -32,7 +32,8 @@ class Display:
 
     def __init__(self, metric: str, mode: str) -> None:
         self.metric, self.mode = metric, mode
-        self.start, self.ended, self.progress = time.time(), 0, ""
+        self.start, self.progress = time.time(), ""
+        self.done_before: int | None = None  # runs that had ended when this process began
         self.drawn = 0  # lines that are redrawn
 
     def say(self, line: str) -> None:
@@ -55,13 +56,14 @@ class Display:
     def update(self, runs: list[Run], ended: Run | None) -> None:
         """Computes the progress from the state of all runs, and prints a line about one that has just ended."""
         states = Counter(run.status for run in runs)
-        done, self.ended = states["finished"] + states["failed"], self.ended + bool(ended)
+        done = states["finished"] + states["failed"]
+        self.done_before = done if self.done_before is None else self.done_before
         count, parts = f"[{done:{len(str(len(runs)))}}/{len(runs)}]", []
         if states["finished"]:
             best = sort_runs(runs, self.metric, self.mode)[0]
             parts.append(f"best {show_metric(best.metrics.get(self.metric))} ({run_number(best.name)})")
-        if self.ended and done < len(runs):
-            seconds = (time.time() - self.start) / self.ended * (len(runs) - done)
+        if self.done_before < done < len(runs):
+            seconds = (time.time() - self.start) / (done - self.done_before) * (len(runs) - done)
             parts.append(f"{timedelta(seconds=round(seconds))} left")
         if states["failed"]:
             parts.append(f"{states['failed']} failed")

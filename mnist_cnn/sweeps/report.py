@@ -120,15 +120,20 @@ def explained(*groups: list[float]) -> float | None:
 
 
 def draw_parallel(runs: list[Run], labels: dict[str, dict[str, str]], metric: str, mode: str) -> go.Figure:
-    """Draws runs, in the order of the grid, as lines through their metric and settings; the best one is darkest."""
+    """Draws runs, in the order of the grid, as lines through their metric and settings; the best one is darkest.
+
+    At each value of a setting its runs lie beside each other, ordered by the metric, so that each can be followed.
+    """
     metrics = [run.metrics[metric] for run in runs]
+    spread = 0.7 * (np.argsort(np.argsort(metrics)) / max(1, len(runs) - 1) - 0.5)  # of the distance of two values
     axes: list[dict[str, Any]] = [{"label": metric, "values": metrics}]
     for name in dict.fromkeys(name for run in runs for name in labels[run.name]):
         column = [labels[run.name].get(name, "") for run in runs]
         ticks = list(dict.fromkeys(column))
-        positions = [ticks.index(label) for label in column]
+        positions = [ticks.index(label) + offset for label, offset in zip(column, spread)]
         shown = ticks[:: len(ticks) // 20 + 1]  # as many as are legible
-        axes.append({"label": name, "values": positions, "tickvals": [*map(ticks.index, shown)], "ticktext": shown})
+        places = {"values": positions, "range": [-0.5, len(ticks) - 0.5], "tickvals": [*map(ticks.index, shown)]}
+        axes.append({"label": name, "ticktext": shown} | places)
     line = {"color": metrics, "colorscale": "Blues", "reversescale": mode == "min", "showscale": True}
     return go.Figure(go.Parcoords(dimensions=axes, line=line), LAYOUT | {"font_size": 18})
 
