@@ -168,12 +168,30 @@ def test_equal_runs_show_no_influence(count, share):
     assert f"l1_chan {share} 4: 0.5000 ({count})" in text_of(report(SWEEP))
 
 
-def test_seeds_show_no_influence():
+def test_seeds_alone_are_one_point():
     for seed, name in enumerate(NAMES):
         write_run(name, {"seed_everything": seed}, {"val/acc": 0.5 + seed / 10, "f1": 1e-5 * seed}, events=False)
     text = text_of(report(SWEEP))
-    assert "seed_everything each run has its own value 0: 0.5000 (1) 1: 0.6000 (1)" in text
+    assert "Of val/acc: best 0.6500 ± 0.1291 (4 seeds). A point" in text and "Which setting matters" not in text
     assert "003 finished 3 0.8000 3e-05 python" in text  # small numbers keep their digits
+
+
+def test_points_are_compared_by_the_means_of_their_seeds():
+    accuracies = {4: [0.90, 0.92, 0.94], 8: [0.91, 0.93, 0.95], 16: [0.5, 0.97]}
+    for chan, values in accuracies.items():
+        for seed, acc in enumerate(values):
+            swept = {"model.net.l1_chan": chan, "seed_everything": seed}
+            write_run(f"{chan:03d}-l1_chan={chan}-seed_everything={seed}", swept, {"val/acc": acc}, events=False)
+    text = text_of(report(SWEEP))
+    assert "Of val/acc: best 0.9300 ± 0.0200 (3 seeds); 2 others are within one standard error." in text
+    # The standard error of the difference: sqrt(0.02^2 / 3 + 0.02^2 / 3).
+    assert "leads the second by 0.0100 (standard error of the difference: 0.0163)." in text
+    assert "val/acc 008 3 8 0.9300 ± 0.0200 004 3 4 0.9200 ± 0.0200 016 2 16 0.7350 ± 0.3323" in text
+    assert "l1_chan each run has its own value 4: 0.9200 (1) 8: 0.9300 (1) 16: 0.7350 (1)" in text
+    values = [value for group in accuracies.values() for value in group]
+    within = sum(len(group) * np.var(group) for group in accuracies.values()) / (len(values) - 3)
+    share = within / np.var(values, ddof=1)
+    assert f"seeds {min(1, share):.2f} of the variance of all runs lies between seeds of the same point" in text
 
 
 def test_a_resumed_run_is_one_curve():

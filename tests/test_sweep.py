@@ -1,5 +1,6 @@
 """sweep.py, on real MNIST limited to a few batches and on a program that shares nothing with mnist_cnn."""
 
+import csv
 import functools
 import itertools
 import json
@@ -7,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -549,6 +551,34 @@ def test_cores_that_stand_idle_are_noticed(tiny, monkeypatch):
     assert idle(replace(todo, jobs=3)) == "8 cores, 3 in use: --jobs=8 would use all"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     assert idle(todo) == "3 GPUs, 1 in use: --jobs=3 would use all"
+
+
+def test_runs_that_differ_in_their_seed_are_one_point(foreign, capfd):
+    axes = {"model.lr": [0.1, 0.2, 0.3], "seed_everything": [0, 1, 2]}
+    assert sweep.main([*FOREIGN, f"--grid={json.dumps(axes)}"]) == 0
+    losses: dict[str, list[float]] = {}
+    for row in rows():
+        losses.setdefault(row["model.lr"], []).append(float(row["loss"]))
+    order = sorted(losses, key=lambda lr: statistics.fmean(losses[lr]))
+    with open(SWEEP / "results_by_point.csv") as file:
+        points = list(csv.DictReader(file))
+    assert [point["model.lr"] for point in points] == order
+    for point in points:
+        values = losses[point["model.lr"]]
+        assert point["seeds"] == "3" and float(point["loss"]) == statistics.fmean(values)
+        assert float(point["loss std"]) == statistics.stdev(values) > 0
+    lines = capfd.readouterr().out.splitlines()
+    (header,) = [index for index, line in enumerate(lines) if line.startswith("run ")]
+    shown = [re.split(r"  +", line) for line in lines[header : header + 4]]
+    assert shown[0][:4] == ["run", "seeds", "lr", "loss"]
+    for row, lr in zip(shown[1:], order):
+        assert row[1:3] == ["3", lr]
+        assert float(row[3].partition(" ± ")[0]) == pytest.approx(statistics.fmean(losses[lr]), rel=1e-2)
+    assert re.match(
+        r"best 0\.\d+ ± 0\.\d+ \(3 seeds\); \d others? (is|are) within one standard error", lines[header + 4]
+    )
+    page = (SWEEP / "report.html").read_text()
+    assert lines[header + 4] in page and "Best point" in page and "lies between seeds of the same point" in page
 
 
 def test_after_a_failure_the_run_that_has_least_in_common_with_it_is_next(foreign):

@@ -1,30 +1,14 @@
 """What a sweep prints: progress while it runs, a table of its runs at the end."""
 
-import math
 import shutil
 import sys
 import time
 from collections import Counter
 from datetime import timedelta
 
-from mnist_cnn.run.errors import UserError, nearest
 from mnist_cnn.sweeps.grid import swept_labels
 from mnist_cnn.sweeps.ledger import Run, run_number
-
-
-def sort_runs(runs: list[Run], metric: str, mode: str) -> list[Run]:
-    """The runs, the best first, those without the metric last; checks the metric's name, if any run has metrics."""
-    known = dict.fromkeys(key for run in runs for key in run.metrics)
-    if known and metric not in known:
-        raise UserError(f"no run has the metric {metric}{nearest(metric, known) or '; known: ' + ', '.join(known)}")
-    sign = -1 if mode == "max" else 1
-    return sorted(runs, key=lambda run: (sign * run.metrics.get(metric, sign * math.inf), run.name))
-
-
-def show_metric(value: float | None, key: str = "") -> str:
-    """A metric as tables show it: whole epochs and seconds, four decimals of others, four digits of small ones."""
-    decimals = ".0f" if key in ("epochs", "seconds") else ".4g" if value and abs(value) < 0.001 else ".4f"
-    return "" if value is None else f"{value:{decimals}}"
+from mnist_cnn.sweeps.points import SEED, Repeats, rank, show_metric
 
 
 class Display:
@@ -60,8 +44,8 @@ class Display:
         self.done_before = done if self.done_before is None else self.done_before
         count, parts = f"[{done:{len(str(len(runs)))}}/{len(runs)}]", []
         if states["finished"]:
-            best = sort_runs(runs, self.metric, self.mode)[0]
-            parts.append(f"best {show_metric(best.metrics.get(self.metric))} ({run_number(best.name)})")
+            best = rank(runs, self.metric, self.mode)[0]
+            parts.append(f"best {best.show(self.metric)} ({run_number(best.runs[0].name)})")
         if self.done_before < done < len(runs):
             seconds = (time.time() - self.start) / (done - self.done_before) * (len(runs) - done)
             parts.append(f"{timedelta(seconds=round(seconds))} left")
@@ -73,13 +57,28 @@ class Display:
             self.say("  ".join([count, ended.name.ljust(max(len(run.name) for run in runs)), result, *parts]))
         self.progress = "  ".join([f"{'━' * (20 * done // len(runs)):20} {count}", *parts])
 
-    def print_table(self, runs: list[Run]) -> None:
-        """Prints one row per run: number, status if these differ, swept values, metrics, as far as a row has room."""
-        labels, table, width = swept_labels(runs), [], shutil.get_terminal_size((200, 24)).columns
+    def print_runs(self, runs: list[Run]) -> None:
+        """Prints a row for each run: number, status if these differ, swept values, metrics."""
+        labels, has_status = swept_labels(runs), len({run.status for run in runs}) > 1
+        rows: list[dict[str, str]] = []
         for run in runs:
+            status = {"status": run.status} if has_status else {}
             metrics = {key: show_metric(value, key) for key, value in run.metrics.items()}
-            status = {"status": run.status} if len({run.status for run in runs}) > 1 else {}
-            table.append({"run": run_number(run.name)} | status | labels[run.name] | metrics)
+            rows.append({"run": run_number(run.name)} | status | labels[run.name] | metrics)
+        self.print_table(rows)
+
+    def print_points(self, points: list[Repeats]) -> None:
+        """Prints a row for each point: number of its best run, seeds, swept values, means and standard deviations."""
+        labels, rows = swept_labels([point.runs[0] for point in points]), []
+        for point in points:
+            metrics = {key: point.show(key) for key in point.runs[0].metrics}
+            number, seeds = run_number(point.runs[0].name), str(len(point.values(self.metric)))
+            rows.append({"run": number, "seeds": seeds} | labels[point.runs[0].name] | metrics)
+        self.print_table([{key: text for key, text in row.items() if key != SEED} for row in rows])
+
+    def print_table(self, table: list[dict[str, str]]) -> None:
+        """Prints rows, as far as the terminal has room for their columns."""
+        width = shutil.get_terminal_size((200, 24)).columns
         columns = list(dict.fromkeys(column for row in table for column in row))
         rows = [columns, *([row.get(column, "") for column in columns] for row in table)]
         lengths = [max(map(len, cells)) for cells in zip(*rows)]

@@ -122,9 +122,19 @@ def write_results(root: Path, runs: list[Run]) -> None:
     """Writes results.csv: one row per run with name, status, swept values and metrics."""
     rows: list[dict[str, Any]] = []
     for run in runs:
-        swept = {key: value if isinstance(value, str) else json.dumps(value) for key, value in run.swept.items()}
+        swept = {key: as_text(value) for key, value in run.swept.items()}
         rows.append({"name": run.name, "status": run.status, **swept, "metrics_of": run.metrics_of, **run.metrics})
-    with write_atomically(root / "results.csv") as file:
+    write_csv(root / "results.csv", rows)
+
+
+def as_text(value: Any) -> str:
+    """A swept value in a table: strings as they are, others as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows, which need not have the same columns."""
+    with write_atomically(path) as file:
         writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

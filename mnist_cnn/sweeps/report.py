@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 
 from mnist_cnn.run.errors import Parser, UserError, fail
 from mnist_cnn.run.files import write_atomically
-from mnist_cnn.sweeps.display import show_metric, sort_runs
 from mnist_cnn.sweeps.grid import swept_labels
 from mnist_cnn.sweeps.ledger import Run, read_runs, read_settings, run_number
+from mnist_cnn.sweeps.points import SEED, Repeats, compare, has_seeds, rank, show_metric
 
 LAYOUT = {"template": "plotly_white", "height": 500, "margin_t": 80}
 Curve = dict[int, float]  # step -> value
@@ -34,15 +34,14 @@ def report(folder: Path) -> Path:
     metric, mode = settings["metric"], settings["mode"]
     if not (runs := read_runs(folder, metric)):
         raise UserError(f"{folder} is not the folder of a sweep: it has no configs/*.yaml")
-    ranked = sort_runs(runs, metric, mode)
+    points = rank(runs, metric, mode)
+    ranked = [run for point in points for run in point.runs]
     finished = [run for run in ranked if metric in run.metrics]
+    known = [point for point in points if point.values(metric)]
     labels = swept_labels(runs)
-    groups: dict[str, dict[str, list[float]]] = {}  # setting -> label -> metric of each run
-    for run in runs:
-        for name, label in labels[run.name].items():
-            values = groups.setdefault(name, {}).setdefault(label, [])
-            values += [run.metrics[metric]] if metric in run.metrics else []
+    groups = values_of_settings(points, labels, metric)
     shares = {name: explained(*of_setting.values()) for name, of_setting in groups.items()}
+    of_points = explained(*(point.values(metric) for point in known))  # of the variance of all runs
     events = [read_events(folder / run.name) for run in finished]
     losses, verdict = compare_losses(events[0][0]) if finished else ({}, "")
     tag = next((tag for tag in ("val/loss", "val_loss") if any(tag in curves for curves, _ in events)), metric)
@@ -54,8 +53,14 @@ def report(folder: Path) -> Path:
         runs=ranked,
         finished=finished,
         labels=labels,
+        swept=dict.fromkeys(name for run in runs for name in labels[run.name]),
         metrics=dict.fromkeys(key for run in ranked for key in run.metrics),
         groups=groups,
+        points=known if has_seeds(points) else [],
+        compared=compare(known, metric) if known else "",
+        lead=known[0].difference(known[1], metric) if len(known) > 1 else None,
+        of_seeds=None if of_points is None else 1 - of_points,
+        seeds_plot=draw_seeds(known[:10], metric),
         shares=sorted(shares.items(), key=lambda share: share[1] or 0, reverse=True),
         pictures=events[0][1] if finished else {},
         verdict=verdict,
@@ -71,6 +76,18 @@ def report(folder: Path) -> Path:
     with write_atomically(folder / "report.html") as file:
         file.write(page)
     return folder / "report.html"
+
+
+def values_of_settings(
+    points: list[Repeats], labels: dict[str, dict[str, str]], metric: str
+) -> dict[str, dict[str, list[float]]]:
+    """Setting -> label of its value -> mean metric of each point that has it; without the seeds."""
+    groups: dict[str, dict[str, list[float]]] = {}
+    for point in sorted(points, key=lambda point: point.runs[0].name):
+        for name, label in labels[point.runs[0].name].items():
+            values = groups.setdefault(name, {}).setdefault(label, [])
+            values += [point.mean(metric)] if point.values(metric) else []
+    return {name: of_setting for name, of_setting in groups.items() if name != SEED}
 
 
 def read_events(run_dir: Path) -> tuple[dict[str, Curve], dict[str, str]]:
@@ -138,6 +155,17 @@ def draw_parallel(runs: list[Run], labels: dict[str, dict[str, str]], metric: st
     return go.Figure(go.Parcoords(dimensions=axes, line=line), LAYOUT | {"font_size": 18})
 
 
+def draw_seeds(points: list[Repeats], metric: str) -> go.Figure:
+    """Draws a column of dots for each point, a dot for each of its runs."""
+    figure = go.Figure(layout=LAYOUT | {"yaxis_title": metric, "xaxis_title": "point", "xaxis_type": "category"})
+    for point in points:
+        values, number = point.values(metric), run_number(point.runs[0].name)
+        names = [run.name for run in point.runs if metric in run.metrics]
+        marker = {"color": "#1f77b4", "size": 9, "opacity": 0.7}
+        figure.add_scatter(x=[number] * len(values), y=values, text=names, mode="markers", marker=marker)
+    return figure.update_layout(showlegend=False)
+
+
 def draw_curves(curves: dict[str, Curve], title: str) -> go.Figure:
     """Draws curves over the steps of training: the first one red and in front, others blue, the next darkest."""
     values = [value for curve in curves.values() for value in curve.values()]
@@ -145,10 +173,10 @@ def draw_curves(curves: dict[str, Curve], title: str) -> go.Figure:
     axis = {"title": title} | ({"type": "log", "tickformat": ".3~g"} if is_log else {"exponentformat": "power"})
     figure = go.Figure(layout=LAYOUT | {"xaxis_title": "step", "yaxis": axis, "hoverlabel_namelength": -1})
     shades = colors.sample_colorscale("Blues", np.linspace(1, 0.2, len(curves)))
-    for rank, (name, curve) in enumerate(curves.items()):
-        line = {"color": shades[rank - 1], "width": 1.5} if rank else {"color": "#d62728", "width": 3}
+    for place, (name, curve) in enumerate(curves.items()):
+        line = {"color": shades[place - 1], "width": 1.5} if place else {"color": "#d62728", "width": 3}
         mode = "lines" if len(curve) > 1 else "markers"
-        figure.add_scatter(x=[*curve], y=[*curve.values()], name=name, mode=mode, line=line, zorder=-rank)
+        figure.add_scatter(x=[*curve], y=[*curve.values()], name=name, mode=mode, line=line, zorder=-place)
     return figure
 
 
