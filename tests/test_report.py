@@ -172,7 +172,10 @@ def test_seeds_alone_are_one_point():
     for seed, name in enumerate(NAMES):
         write_run(name, {"seed_everything": seed}, {"val/acc": 0.5 + seed / 10, "f1": 1e-5 * seed}, events=False)
     text = text_of(report(SWEEP))
-    assert "Of val/acc: best 0.6500 ± 0.1291 (4 seeds). A point" in text and "Which setting matters" not in text
+    assert (
+        "Of val/acc: best 0.6500 ± 0.1291 (4 seeds). Each row is a point" in text
+        and "Which setting matters" not in text
+    )
     assert "003 finished 3 0.8000 3e-05 python" in text  # small numbers keep their digits
 
 

@@ -40,6 +40,12 @@ def begin(*args: str, **options) -> subprocess.Popen:
     return start("main.py", *args, env=ONE_THREAD, **options)
 
 
+def test_a_saved_config_gives_the_same_run_in_a_process_of_its_own(fitted, folder):
+    done = in_new_process("fit", fitted.config)
+    assert done.stderr.count("\n") <= 2 and "Traceback" not in done.stderr, done.stderr
+    assert_same_run(RUN, fitted.run)
+
+
 def at(hook: str, call: int = 0) -> list[str]:
     signal_at = "--trainer.callbacks+=probes.SignalAt"
     return [signal_at, f"--trainer.callbacks.hook={hook}", f"--trainer.callbacks.call={call}"]
