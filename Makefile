@@ -16,7 +16,7 @@ test: $(READY) ## everyday checks and tests: 5 minutes
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 
 stress: $(READY) ## slow tests: kills, full disks, SLURM, browser, several processes, accuracies: 25 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stress
