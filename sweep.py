@@ -107,7 +107,8 @@ def folder_of(name: str | None, config_dir: str | None) -> Path:
 def write_configs(root: Path, settings: dict[str, Any], files: list[Path], limit: int | None) -> list[str]:
     """Checks the complete configs of all points, writes those that do not exist yet, and returns the runs' names."""
     grid, points = settings["grid"], points_of(settings["grid"], settings["exclude"])
-    print(f"checking {len(points[:limit])} configs", flush=True)
+    better = "higher" if settings["mode"] == "max" else "lower"
+    print(f"checking {len(points[:limit])} configs; a {better} {settings['metric']} is better", flush=True)
     configs = complete_configs(lambda point: parse(settings, point), points[:limit])
     with ledger.lock(root, "sweep"):
         if files:  # perhaps those of a sweep, whose base, grid and fixed stay in sweep.yaml

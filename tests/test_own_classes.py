@@ -117,9 +117,7 @@ def test_data_without_validation_is_noticed_before_training(folder, capfd):
         "        return DataLoader([1.0])\n"
     )
     line = error_of(capfd, *BASE[:2], "--data=unvalidated.Unvalidated", "--wandb=null", "--tensorboard=null")
-    assert line.startswith(
-        "error: there is no validation (val_dataloader), not val/loss: change early_stopping.monitor"
-    )
+    assert line.startswith("error: there is no validation, and no val/loss: it needs validation batches, a val_dat")
     assert not (folder / "logs").exists()
 
 
@@ -214,3 +212,53 @@ def test_a_default_that_yaml_cannot_hold_or_would_change(folder):
     again = main(["fit", f"--config={RUN}/config.yaml"])
     assert again.model.net.arguments == first.model.net.arguments
     assert_same_run(RUNS / "version_1", RUN)
+
+
+OTHERS = """
+import torch
+from lightning.pytorch import LightningDataModule
+from mnist_cnn import LitClassifier, MNISTDataModule
+from torch import nn
+
+class TooWide(nn.Module):
+    def __init__(self):
+        raise RuntimeError("this net is too wide")
+
+class Regression(LitClassifier):
+    def predict_step(self, batch, batch_idx):
+        return torch.zeros(len(batch[0]), 1)
+
+class Untested(LightningDataModule):
+    def __init__(self, data_dir: str = "data"):
+        super().__init__()
+        self.mnist = MNISTDataModule(data_dir)
+        self.mnist.setup("fit")
+        self.on_after_batch_transfer = self.mnist.on_after_batch_transfer
+
+    def train_dataloader(self):
+        return self.mnist.train_dataloader()
+
+    def val_dataloader(self):
+        return self.mnist.val_dataloader()
+"""
+
+
+def test_an_exception_of_a_constructor_is_the_last_line(folder, capfd):
+    """jsonargparse would put the whole config there."""
+    (folder / "classes_of_own.py").write_text(OTHERS)
+    with pytest.raises(RuntimeError, match=r"^this net is too wide$"):
+        main([*BRIEF, "--model.net=classes_of_own.TooWide"])
+
+
+def test_data_without_a_test(folder):
+    (folder / "classes_of_own.py").write_text(OTHERS)
+    limits = [option for option in BRIEF[4:] if not option.startswith("--data.")]
+    main(["fit", *BASE[:2], "--data=classes_of_own.Untested", BASE[2], *limits])
+    assert {"val/loss", "val/acc"} < set(metrics_of(RUN)) and "test/loss" not in metrics_of(RUN)
+
+
+def test_predictions_that_are_no_probabilities(folder, fitted, capfd):
+    (folder / "classes_of_own.py").write_text(OTHERS)
+    line = error_of(capfd, "predict", fitted.config, "--model=classes_of_own.Regression", "--ckpt_path=best")
+    assert "predict_step must return probabilities [N, C]" in line and "--predictions=null" in line
+    assert not (folder / "predictions.csv").exists()

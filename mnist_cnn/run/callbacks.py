@@ -104,6 +104,8 @@ class PredictionWriter(callbacks.BasePredictionWriter):
 
     def write_on_epoch_end(self, trainer: Any, pl_module: Any, predictions: Any, batch_indices: Any) -> None:
         probabilities, names = torch.cat(predictions).cpu(), getattr(trainer.datamodule, "predict_names", None)
+        if probabilities.ndim != 2 or probabilities.shape[1] < 2:
+            raise UserError("predict_step must return probabilities [N, C]; for other outputs give --predictions=null")
         try:
             with write_atomically(self.path) as file:
                 writer = csv.writer(file, lineterminator="\n")
@@ -139,10 +141,13 @@ class MonitoredMetrics(Callback):
         used += [("model.lr_scheduler.monitor", s.monitor) for s in trainer.lr_scheduler_configs if s.reduce_on_plateau]
         unknown = {key: metric for key, metric in used if re.match("val[/_i]", str(metric)) and metric not in logged}
         if unknown:
-            found = f"validation logs {', '.join(logged)}" if logged else "there is no validation (val_dataloader)"
             metrics = ", ".join(dict.fromkeys(unknown.values()))
             options = " ".join(f"--{name}=null" for name in dict.fromkeys(key.rpartition(".")[0] for key in unknown))
-            raise UserError(f"{found}, not {metrics}: change {', '.join(unknown)}, or give {options}")
+            if not logged:
+                needed = "validation batches, a val_dataloader and a validation_step"
+                raise UserError(f"there is no validation, and no {metrics}: it needs {needed}, or give {options}")
+            change = f"change {', '.join(unknown)}, or give {options}"
+            raise UserError(f"validation logs {', '.join(logged)}, not {metrics}: {change}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.callback_metrics.clear()

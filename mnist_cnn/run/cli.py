@@ -65,8 +65,9 @@ class ExperimentCLI(LightningCLI):
                 )
             except (Exception, SystemExit) as error:
                 self.close(status=1)
-                self.report(error)
-                raise
+                if (cause := self.report(error)) is error:
+                    raise
+                raise cause from None
             self.close(status=0)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -180,8 +181,12 @@ class ExperimentCLI(LightningCLI):
         metrics: dict[str, float] = {}
         callbacks, trainer.callbacks = trainer.callbacks, self.evaluation_callbacks
         loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # val/loss has been logged; the test is logged
-        for evaluate, step in ((trainer.validate, "validation_step"), (trainer.test, "test_step")):
-            if is_overridden(step, self.model):
+        parts = [part for part in (self.model, self.datamodule) if part is not None]
+        for evaluate, step, loader in (
+            (trainer.validate, "validation_step", "val_dataloader"),
+            (trainer.test, "test_step", "test_dataloader"),
+        ):
+            if is_overridden(step, self.model) and any(is_overridden(loader, part) for part in parts):
                 for result in evaluate(self.model, None, best, False, self.datamodule, weights_only=False):
                     metrics |= {f"test/{name}" if name in metrics else name: value for name, value in result.items()}
             trainer.loggers = loggers
@@ -194,8 +199,8 @@ class ExperimentCLI(LightningCLI):
             log_result(trainer, self.config_dump, metrics)
             folder.write_metrics(self.run, trainer, metrics, seconds, best)
 
-    def report(self, error: BaseException) -> None:
-        """Exits with one line if a signal has stopped the run, or if the error is a user's mistake."""
+    def report(self, error: BaseException) -> BaseException:
+        """Exits with one line if a signal has stopped the run, or for a user's mistake; otherwise returns the cause."""
         if number := self.stop.received:  # a DataLoader's worker may have got the signal, too, and be missed
             resume = ""
             if self.run and self.stop.trained:
@@ -209,6 +214,7 @@ class ExperimentCLI(LightningCLI):
         refused = isinstance(error, ValueError | ImportError) and not hasattr(self, "hparams")  # by a constructor
         if mistake or refused or re.search("Early stopping conditioned|more than one stateful", str(error)):
             fail(str(error))
+        return error
 
     def close(self, status: int) -> None:
         """Finishes the W&B run; removes the folder of a run that failed before its first step."""

@@ -154,7 +154,8 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         similar, (first, dot, rest) = nearest(name, known, prefix + "{}"), name.partition(".")
         if dot and first not in (groups := {each.partition(".")[0] for each in known}):  # --early_stoping.patience
             similar = nearest(first, groups, f"{prefix}{{}}.{rest}")
-        order = "; an option that chooses its class must stand before it" if key else ""
+        of_class = f": {classes[-1]} has no such argument" if classes else ""
+        order = f"{of_class}; an option that chooses its class must stand before it" if key else ""
         return f"unknown key {prefix}{name}{similar or order}"
     lines = re.split(r"\n[ -]*|Type [\w.]+Callable.* class: |Parser key \S+: ?|\. Got value: ", message)
     reason = next((line for line in lines if line.strip() and not NOISE.match(line)), message)
@@ -167,5 +168,8 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         return f"{key}: there is no class {missing[1]} of this kind{hint}"
     value = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value|$)", message, re.MULTILINE)
     if value and reason.startswith(("Expected", "Not a")):
-        reason = re.sub(r"(a )?<class '([\w.]+)'>", r"\2", reason) + f", got {value[1]!r}"
+        reason = (
+            re.sub(r"(a )?<class '([\w.]+)'>", r"\2", reason).replace("a typing.Literal", "one of ")
+            + f", got {value[1]!r}"
+        )
     return f"{key}: {reason}" if key else reason

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from mnist_cnn.run.errors import UNSERIALIZABLE, UserError, explain, set_parsing
+from mnist_cnn.run.errors import UNSERIALIZABLE, UserError, explain, nearest, set_parsing
 from mnist_cnn.run.folder import flatten
 from mnist_cnn.sweeps.ledger import Config, Run, changes
 
@@ -54,7 +54,9 @@ def points_of(grid: dict[str, list[Any]], exclude: list[dict[str, Any]]) -> list
     for part in exclude:
         items = {(key, json.dumps(value)) for key, value in part.items()}
         if not (found := {point for point in points if items <= settings[point]}):
-            raise UserError(f"exclude: no point of the grid has {json.dumps(part)}")
+            keys = [key for axis in grid for key in axis.split(", ")]
+            similar = "".join(nearest(key, keys) for key in part if key not in keys)
+            raise UserError(f"exclude: no point of the grid has {json.dumps(part)}{similar}")
         excluded |= found
     if len(excluded) == len(points):
         raise UserError("exclude leaves no point of the grid")
