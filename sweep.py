@@ -22,7 +22,7 @@ from mnist_cnn.sweeps import ledger, local
 from mnist_cnn.sweeps import slurm as cluster
 from mnist_cnn.sweeps.display import Display
 from mnist_cnn.sweeps.grid import complete_configs, flat_keys, parse, points_of, run_names, swept_of
-from mnist_cnn.sweeps.points import compare, has_seeds, rank, write_points
+from mnist_cnn.sweeps.points import Repeats, compare, has_seeds, rank, write_points
 from mnist_cnn.sweeps.report import report
 
 
@@ -86,7 +86,7 @@ def sweep(
     names = write_configs(root, settings, files, limit)
     display = Display(metric, mode)
     if dry_run:
-        display.print_runs([ledger.read_run(root, name, metric) for name in names[:100]])
+        display.print_table([Repeats([ledger.read_run(root, name, metric)]) for name in names[:100]])
         display.say(f"{len(names)} runs: {root / 'configs'}")
         return 0
     # Runs, each in a process of its own; results.csv after each; the table and the report at the end.
@@ -135,13 +135,11 @@ def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[ledger.Run
         display.update(runs, ended)
         failures = failures + 1 if ended and ended.status == "failed" else 0
         todo.gave_up |= failures >= max_failures
-    finished = [run for point in points for run in point.runs if run.status == "finished"]
+    finished = [run for run in runs if run.status == "finished"]
+    display.print_table([point for point in points if point.runs[0].status == "finished"][:20])
     if finished and has_seeds(points):
         write_points(todo.root, points)
-        display.print_points([point for point in points if point.values(todo.metric)][:20])
         display.say(compare(points, todo.metric))
-    else:
-        display.print_runs(finished[:20])
     for run in runs:
         if run.status == "failed":
             display.say(f"failed: {run.name}: {run.reason} (see {todo.root / run.name / 'output.log'})")
@@ -161,7 +159,7 @@ def print_status(root: Path) -> int:
     if not (runs := ledger.read_runs(root, settings["metric"])):
         raise UserError(f"{root} is not the folder of a sweep: it has no configs/*.yaml")
     display = Display(settings["metric"], settings["mode"])
-    display.print_runs([run for point in rank(runs, display.metric, display.mode) for run in point.runs])
+    display.print_table([Repeats([run]) for point in rank(runs, display.metric, display.mode) for run in point.runs])
     display.say(", ".join(f"{count} {status}" for status, count in Counter(run.status for run in runs).items()))
     return 0
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from mnist_cnn.sweeps.grid import swept_labels
 from mnist_cnn.sweeps.ledger import Run, run_number
-from mnist_cnn.sweeps.points import SEED, Repeats, rank, show_metric
+from mnist_cnn.sweeps.points import SEED, Repeats, has_seeds, rank, show_metric
 
 
 class Display:
@@ -57,30 +57,18 @@ class Display:
             self.say("  ".join([count, ended.name.ljust(max(len(run.name) for run in runs)), result, *parts]))
         self.progress = "  ".join([f"{'━' * (20 * done // len(runs)):20} {count}", *parts])
 
-    def print_runs(self, runs: list[Run]) -> None:
-        """Prints a row for each run: number, status if these differ, swept values, metrics."""
+    def print_table(self, points: list[Repeats]) -> None:
+        """Prints a row for each point: its best run's number and status, seeds, swept values, metrics; cut to fit."""
+        runs, seeded = [point.runs[0] for point in points], has_seeds(points)
         labels, has_status = swept_labels(runs), len({run.status for run in runs}) > 1
-        rows: list[dict[str, str]] = []
-        for run in runs:
-            status = {"status": run.status} if has_status else {}
-            metrics = {key: show_metric(value, key) for key, value in run.metrics.items()}
-            rows.append({"run": run_number(run.name)} | status | labels[run.name] | metrics)
-        self.print_table(rows)
-
-    def print_points(self, points: list[Repeats]) -> None:
-        """Prints a row for each point: number of its best run, seeds, swept values, means and standard deviations."""
-        labels, rows = swept_labels([point.runs[0] for point in points]), []
-        for point in points:
-            metrics = {key: point.show(key) for key in point.runs[0].metrics}
-            number, seeds = run_number(point.runs[0].name), str(len(point.values(self.metric)))
-            rows.append({"run": number, "seeds": seeds} | labels[point.runs[0].name] | metrics)
-        self.print_table([{key: text for key, text in row.items() if key != SEED} for row in rows])
-
-    def print_table(self, table: list[dict[str, str]]) -> None:
-        """Prints rows, as far as the terminal has room for their columns."""
-        width = shutil.get_terminal_size((200, 24)).columns
-        columns = list(dict.fromkeys(column for row in table for column in row))
-        rows = [columns, *([row.get(column, "") for column in columns] for row in table)]
-        lengths = [max(map(len, cells)) for cells in zip(*rows)]
+        table = []
+        for point, run in zip(points, runs):
+            cells = {"run": run_number(run.name)} | ({"status": run.status} if has_status else {})
+            cells |= {"seeds": str(len(point.values(self.metric)))} if seeded else {}
+            cells |= {key: label for key, label in labels[run.name].items() if not (seeded and key == SEED)}
+            table.append(cells | {key: point.show(key) for key in run.metrics})
+        columns = list(dict.fromkeys(column for cells in table for column in cells))
+        rows = [columns, *([cells.get(column, "") for column in columns] for cells in table)]
+        lengths, width = [max(map(len, column)) for column in zip(*rows)], shutil.get_terminal_size((200, 24)).columns
         for row in rows:
             self.say("  ".join(cell.ljust(length) for cell, length in zip(row, lengths))[:width].rstrip())

@@ -62,8 +62,8 @@ def rank(runs: list[Run], metric: str, mode: str) -> list[Repeats]:
 
 
 def has_seeds(points: list[Repeats]) -> bool:
-    """Whether seeds are swept."""
-    return any(SEED in point.runs[0].swept for point in points)
+    """Whether a point has several runs."""
+    return any(len(point.runs) > 1 for point in points)
 
 
 def compare(points: list[Repeats], metric: str) -> str:
