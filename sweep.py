@@ -3,8 +3,11 @@
 Its folder, logs/sweeps/NAME, holds its state: the same command continues a stopped sweep, a second one shares the work.
 """
 
+import contextlib
 import importlib.util
 import itertools
+import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -28,9 +31,9 @@ from mnist_cnn.sweeps.report import report
 
 def sweep(
     base: list[str] | str = [],  # noqa: B006  the defaults are only read
-    grid: dict[str, Any] = {},  # noqa: B006
-    exclude: list[dict[str, Any]] = [],  # noqa: B006
-    fixed: dict[str, Any] = {},  # noqa: B006
+    grid: dict = {},  # noqa: B006  with types, jsonargparse would add the defaults of classes
+    exclude: list[dict] = [],  # noqa: B006
+    fixed: dict = {},  # noqa: B006
     name: str | None = None,
     metric: str = "val/acc",
     mode: Literal["max", "min"] = "max",
@@ -70,8 +73,8 @@ def sweep(
     # Settings.
     base, grid, fixed = [base] if isinstance(base, str) else base, flat_keys(grid), flat_keys(fixed)
     files = sorted(Path(config_dir).glob("*.yaml")) if config_dir else []
-    if config_dir and (base or grid or not files):
-        raise UserError(f"config_dir {config_dir} must have config files (*.yaml), and excludes base and grid")
+    if config_dir and (base or grid or exclude or not files):
+        raise UserError(f"config_dir {config_dir} must have config files (*.yaml); it has no base, grid and exclude")
     grid = {"config": [str(file) for file in files]} if files else grid
     if not grid:
         raise UserError("the grid is empty: give --config, --grid or --config_dir")
@@ -166,7 +169,7 @@ def print_status(root: Path) -> int:
 
 def main(args: list[str]) -> int:
     """The command line; returns the exit status."""
-    if not any(arg.startswith(("--config", "--grid", "--status", "-h", "--help")) for arg in args):
+    if not any(arg.startswith(("-c", "--config", "--grid", "--status", "-h", "--help")) for arg in args):
         args = [f"--config={Path(__file__).parent / 'configs/sweep.yaml'}", *args]
     args = ["--dry_run=true" if arg == "--dry_run" else arg for arg in args]
     # jsonargparse keeps only the last of two settings --grid.model.A and --grid.model.B; flat_keys reverts this.
@@ -177,6 +180,10 @@ def main(args: list[str]) -> int:
         fail(str(error))
     except KeyboardInterrupt:
         return 130
+    finally:  # runs that still train after an error; multiprocessing would wait for them
+        for process in multiprocessing.active_children():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid or 0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

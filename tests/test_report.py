@@ -190,11 +190,20 @@ def test_points_are_compared_by_the_means_of_their_seeds():
     # The standard error of the difference: sqrt(0.02^2 / 3 + 0.02^2 / 3).
     assert "leads the second by 0.0100 (standard error of the difference: 0.0163)." in text
     assert "val/acc 008 3 8 0.9300 ± 0.0200 004 3 4 0.9200 ± 0.0200 016 2 16 0.7350 ± 0.3323" in text
-    assert "l1_chan each run has its own value 4: 0.9200 (1) 8: 0.9300 (1) 16: 0.7350 (1)" in text
+    assert "l1_chan each point has its own value 4: 0.9200 (1) 8: 0.9300 (1) 16: 0.7350 (1)" in text
     values = [value for group in accuracies.values() for value in group]
     within = sum(len(group) * np.var(group) for group in accuracies.values()) / (len(values) - 3)
     share = within / np.var(values, ddof=1)
     assert f"seeds {min(1, share):.2f} of the variance of all runs lies between seeds of the same point" in text
+
+
+def test_seeds_without_a_finite_metric_and_points_of_one_seed():
+    for seed, f1 in enumerate([1.0, math.inf]):
+        write_run(NAMES[seed], {"lr": 1, "seed_everything": seed}, {"val/acc": 0.5, "f1": f1}, events=False)
+    write_run(NAMES[2], {"lr": 2, "seed_everything": 0}, {"val/acc": 0.5, "f1": 1.0}, events=False)
+    text = text_of(report(SWEEP))
+    assert "0 others are within one standard error; 1 cannot be compared: too few seeds" in text
+    assert "it is chance" not in text  # all values are equal
 
 
 def test_a_resumed_run_is_one_curve():

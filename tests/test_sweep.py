@@ -197,6 +197,17 @@ def test_pairs_vary_together_and_excluded_points_are_left_out(folder, capfd):
     }
 
 
+def test_a_class_keeps_the_arguments_of_base_and_can_be_excluded(folder):
+    nets = [{"class_path": "mnist_cnn.nets.CNN", "init_args": {"l1_chan": chan}} for chan in (5, 6)]
+    exclude = [{"model.net": {"class_path": "mnist_cnn.nets.CNN", "init_args": {"l1_chan": 5}}}]
+    args = settings(folder, grid={"model.net": ["CNN", *nets]}, exclude=exclude, fixed={"model.net.fc1_out": 9})
+    assert sweep.main([*args, "--dry_run"]) == 0
+    configs = [yaml.safe_load(path.read_text()) for path in sorted((SWEEP / "configs").iterdir())]
+    found = [config["model"]["init_args"]["net"]["init_args"] for config in configs]
+    assert [net["l1_chan"] for net in found] == [16, 6]
+    assert all((net["l2_chan"], net["l3_chan"], net["fc1_out"]) == (24, 128, 9) for net in found)
+
+
 def test_a_point_that_is_excluded_need_not_be_valid(folder, capfd):
     axes = {"model.optimizer": ["SGD", "Adam"], "data.batch_size": [8, 0]}
     args = settings(folder, grid=axes, exclude=[{"data.batch_size": 0, "model.optimizer": "SGD"}])
@@ -357,10 +368,10 @@ MISTAKES = {
     "failures": (["--max_failures=0"], "max_failures: "),
     "slurm's setting": (["--slurm.tme=3"], "unknown key slurm.tme (did you mean slurm.time?)"),
     "slurm's time": (["--slurm.time=1:00:00"], "slurm.time: "),
-    "config_dir and grid": (["--config_dir=some"], "must have config files (*.yaml), and excludes base and grid"),
+    "config_dir and grid": (["--config_dir=some"], "must have config files (*.yaml); it has no base, grid"),
     "empty config_dir": (
         ["--config_dir=some", "--base=[]", "--grid={}"],
-        "config_dir some must have config files (*.yaml), and excludes base and grid",
+        "config_dir some must have config files (*.yaml); it has no base, grid and exclude",
     ),
 }
 

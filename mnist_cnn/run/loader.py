@@ -28,13 +28,13 @@ def resumable_loader(dataset: Dataset, trainer: Trainer | None, train: bool = Fa
         dataset: A dataset with a length.
         trainer: The data module's trainer; None outside of one.
         train: Whether the batches are those of training: shuffled, and continued by a resumed epoch.
-        options: Of DataLoader.
+        options: Further arguments of DataLoader.
     """
     seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # of seed_everything
-    processes = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-    # Lightning tells it the epoch. Unlike torch's, its own repeats no item to make the processes' shares equal.
+    world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+    # Lightning sets the sampler's epoch. In evaluation, no item is repeated to make the processes' shares equal.
     kind: type[DistributedSampler] = DistributedSampler if train else UnrepeatedDistributedSampler
-    sampler = kind(dataset, *processes, shuffle=train, seed=seed, drop_last=options.get("drop_last", False))
+    sampler = kind(dataset, world_size, rank, shuffle=train, seed=seed, drop_last=options.get("drop_last", False))
     generator = torch.Generator().manual_seed(seed)  # not the global one, from which the model draws
     loader = ResumableLoader(dataset, sampler=sampler, generator=generator, **options)
     if train and trainer:

@@ -67,6 +67,8 @@ class Display:
             cells |= {"seeds": str(len(point.values(self.metric)))} if seeded else {}
             cells |= {key: label for key, label in labels[run.name].items() if not (seeded and key == SEED)}
             table.append(cells | {key: point.show(key) for key in run.metrics})
+        if not table:
+            return
         columns = list(dict.fromkeys(column for cells in table for column in cells))
         rows = [columns, *([cells.get(column, "") for column in columns] for cells in table)]
         lengths, width = [max(map(len, column)) for column in zip(*rows)], shutil.get_terminal_size((200, 24)).columns

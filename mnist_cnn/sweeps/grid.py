@@ -25,7 +25,6 @@ Point = tuple[int, ...]  # the index of each axis's value
 
 def flat_keys(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings by their whole keys: {"model": {"net.l1_chan": 4}} -> {"model.net.l1_chan": 4}."""
-    settings = json.loads(json.dumps(settings, default=vars))  # jsonargparse makes Namespaces of some dicts
     flat = [(".".join(path).replace("/", "."), value) for path, value in flatten(settings).items() if path]
     names = [re.sub(r"\.(init_args|class_path)\b", "", name) for key, _ in flat for name in key.split(", ")]
     if repeated := [name for name in names if names.count(name) > 1]:
@@ -49,7 +48,8 @@ def points_of(grid: dict[str, list[Any]], exclude: list[dict[str, Any]]) -> list
             if not isinstance(value, list) or len(value) != count:
                 raise UserError(f"grid: {key} must be lists of {count} values, one of them is {json.dumps(value)}")
     points = list(itertools.product(*(range(len(values)) for values in grid.values())))
-    settings = {point: {(key, json.dumps(value)) for key, value in swept_of(grid, point).items()} for point in points}
+    leaves = {point: flatten(swept_of(grid, point)).items() for point in points}
+    settings = {point: {(".".join(path), json.dumps(value)) for path, value in leaves[point]} for point in points}
     excluded: set[Point] = set()
     for part in exclude:
         items = {(key, json.dumps(value)) for key, value in part.items()}
@@ -175,7 +175,9 @@ def complete_configs(parse: Callable[[Point], Config], points: list[Point]) -> l
         try:
             return changes(first, parse(mixed))
         except UserError as error:
-            raise error if mixed in known else KeyError(mixed) from error
+            if mixed in known:
+                raise
+            raise KeyError(mixed) from error
 
     def combine(point: Point, groups: list[set[int]]) -> Config:
         config = first | {path: value for group in groups for path, value in changed(point, group).items()}
@@ -188,6 +190,6 @@ def complete_configs(parse: Callable[[Point], Config], points: list[Point]) -> l
         samples = [*points[:: len(points) // 3 + 1], points[-1]]
         if all(changes(combine(point, groups), parse(point)) == {} for point in samples):
             return [combine(point, groups) for point in points]
-    except KeyError:  # a combination that was excluded
+    except KeyError:  # a combination that is no point
         pass
     return [parse(point) for point in points]

@@ -46,17 +46,24 @@ def swept_values(path: Path) -> dict[str, Any]:
     return json.loads(line.removeprefix("# swept: ")) if line.startswith("# swept: ") else {}
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a file; None if there is none, or another process has just removed it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
 def read_run(root: Path, name: str, metric: str) -> Run:
     """Reads the state of a run. One whose metric is not a finite number has failed."""
     swept, folder = swept_values(root / "configs" / f"{name}.yaml"), root / name
-    if (folder / "metrics.json").exists():
-        content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    if (content := read_json(folder / "metrics.json")) is not None:
         metrics = {key: value for key, value in content.items() if isinstance(value, int | float)}
         if math.isfinite(metrics.get(metric, 0)):
             return Run(name, swept, "finished", "", metrics, Path(content.get("best_checkpoint") or "last epoch").name)
         return Run(name, swept, "failed", f"diverged: {metric} is {metrics[metric]}")
-    if (folder / "status.json").exists():
-        return Run(name, swept, **json.loads((folder / "status.json").read_text(encoding="utf-8")))
+    if (content := read_json(folder / "status.json")) is not None:
+        return Run(name, swept, **content)
     try:
         if (root / ".locks" / f"{name}.lock").exists():
             lock(root, name, timeout=0).lock.release()
@@ -122,14 +129,8 @@ def write_results(root: Path, runs: list[Run]) -> None:
     """Writes results.csv: one row per run with name, status, swept values and metrics."""
     rows: list[dict[str, Any]] = []
     for run in runs:
-        swept = {key: as_text(value) for key, value in run.swept.items()}
-        rows.append({"name": run.name, "status": run.status, **swept, "metrics_of": run.metrics_of, **run.metrics})
+        rows.append({"name": run.name, "status": run.status, **run.swept, "metrics_of": run.metrics_of, **run.metrics})
     write_csv(root / "results.csv", rows)
-
-
-def as_text(value: Any) -> str:
-    """A swept value in a table: strings as they are, others as JSON."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -137,4 +138,5 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     with write_atomically(path) as file:
         writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        for row in rows:
+            writer.writerow({key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()})

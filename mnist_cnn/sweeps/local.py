@@ -49,7 +49,11 @@ class Sweep:
     def is_open(self, name: str) -> bool:
         """Whether a run is to be executed: one that failed is tried again, but only once by the same command."""
         run = read_run(self.root, name, self.metric)
-        return run.status != "finished" and (run.status != "failed" or (self.root / name).stat().st_mtime < self.start)
+        with contextlib.suppress(FileNotFoundError):  # another process executes it again
+            return run.status != "finished" and (
+                run.status != "failed" or (self.root / name).stat().st_mtime < self.start
+            )
+        return True
 
 
 class Job:
@@ -78,13 +82,13 @@ class Job:
 
     def forward_interrupts(self, display: Display) -> None:
         """Stops the process after the first Ctrl-C, kills it after the second."""
-        if self.sweep.interrupts > 1:
-            with contextlib.suppress(ProcessLookupError):  # it has no group yet
+        with contextlib.suppress(ProcessLookupError):  # it has no group yet, or has just ended
+            if self.sweep.interrupts > 1:
                 os.killpg(self.process.pid, signal.SIGKILL)
-        elif self.sweep.interrupts and not self.stopped and os.getpgid(self.process.pid) == self.process.pid:
-            display.say(f"stopping {self.name}; Ctrl-C kills it")  # it has its own handlers now
-            os.kill(self.process.pid, signal.SIGINT)
-            self.stopped = True
+            elif self.sweep.interrupts and not self.stopped and os.getpgid(self.process.pid) == self.process.pid:
+                display.say(f"stopping {self.name}; Ctrl-C kills it")  # it has its own handlers now
+                os.kill(self.process.pid, signal.SIGINT)
+                self.stopped = True
 
     def end(self) -> Run:
         """Notes why the run did not finish, if it did not, and releases its lock."""
@@ -94,8 +98,9 @@ class Job:
             reason = reason if code else f"program {program} exits, but must return its LightningCLI"
             interrupted = ("interrupted", "stopped by Ctrl-C or a signal")
             write_status(root, self.name, *(interrupted if self.sweep.interrupts else ("failed", reason)))
-        self.held.lock.release()
-        return read_run(root, self.name, self.sweep.metric)
+        run = read_run(root, self.name, self.sweep.metric)
+        self.held.lock.release()  # another process may execute the run again
+        return run
 
 
 def run_all(sweep: Sweep, display: Display) -> Iterator[Run]:
@@ -119,6 +124,7 @@ def run_all(sweep: Sweep, display: Display) -> Iterator[Run]:
         for job in [job for job in jobs if not job.process.is_alive()]:
             jobs.remove(job)
             run = job.end()
+            print(display.erase(), end="")
             sweep.failed += [run.name] if run.status == "failed" else []
             yield run
 
@@ -156,7 +162,7 @@ def idle(sweep: Sweep) -> str:
     """Says how many jobs would use cores or GPUs that stand idle; "" if none do."""
     config = yaml.load((sweep.root / "configs" / f"{sweep.names[0]}.yaml").read_text("utf-8"), yaml.CSafeLoader)
     on_cpu = config.get("trainer", {}).get("accelerator") == "cpu"
-    gpus, threads = [] if on_cpu else visible_gpus(), config.get("num_threads", 0)  # 0: unknown, of another program
+    gpus, threads = [] if on_cpu else visible_gpus(), config.get("num_threads") or 0  # 0: unknown, of another program
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     kind, total, each = ("GPU", len(gpus), 1) if gpus else ("core", cores, threads)
     possible = total // each if each else 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_cnn.run.errors import UserError, nearest
-from mnist_cnn.sweeps.ledger import Run, as_text, write_csv
+from mnist_cnn.sweeps.ledger import Run, write_csv
 
 SEED = "seed_everything"
 
@@ -34,8 +34,9 @@ class Repeats:
         return statistics.fmean(values) if (values := self.values(metric)) else math.nan
 
     def deviation(self, metric: str) -> float:
-        """The sample standard deviation over the finished runs; NaN of fewer than two."""
-        return statistics.stdev(values) if len(values := self.values(metric)) > 1 else math.nan
+        """The sample standard deviation over the finished runs; NaN of fewer than two, or if one is not finite."""
+        values = self.values(metric)
+        return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
 
     def show(self, metric: str) -> str:
         """The mean, with the standard deviation if there are several seeds."""
@@ -71,17 +72,18 @@ def compare(points: list[Repeats], metric: str) -> str:
     best, *others = points
     known = [best.difference(other, metric) for other in others]
     within = sum(abs(difference) <= error for difference, error in known)
-    noun = "other is" if within == 1 else "others are"
+    noun, unknown = "other is" if within == 1 else "others are", sum(math.isnan(error) for _, error in known)
     seeds = len(best.values(metric))
     found = f"best {best.show(metric)} ({seeds} seed{'s' * (seeds != 1)})"
-    return f"{found}; {within} {noun} within one standard error" if others else found
+    found += f"; {within} {noun} within one standard error" if others else ""
+    return f"{found}; {unknown} cannot be compared: too few seeds" if unknown else found
 
 
 def write_points(root: Path, points: list[Repeats]) -> None:
     """Writes results_by_point.csv: one row per point with swept values, seeds, means and standard deviations."""
     rows: list[dict[str, Any]] = []
     for point in points:
-        row: dict[str, Any] = {key: as_text(value) for key, value in point.runs[0].swept.items() if key != SEED}
+        row = {key: value for key, value in point.runs[0].swept.items() if key != SEED}
         row["seeds"] = sum(run.status == "finished" for run in point.runs)
         for metric in dict.fromkeys(key for run in point.runs for key in run.metrics):
             row |= {metric: point.mean(metric), f"{metric} std": point.deviation(metric)}

@@ -59,7 +59,7 @@ def report(folder: Path) -> Path:
         points=known if has_seeds(points) else [],
         compared=compare(known, metric) if known else "",
         lead=known[0].difference(known[1], metric) if len(known) > 1 else None,
-        of_seeds=None if of_points is None else 1 - of_points,
+        of_seeds=None if of_points is None or len({run.metrics[metric] for run in finished}) == 1 else 1 - of_points,
         seeds_plot=draw_seeds(known[:10], metric),
         shares=sorted(shares.items(), key=lambda share: share[1] or 0, reverse=True),
         pictures=events[0][1] if finished else {},
