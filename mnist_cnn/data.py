@@ -86,7 +86,7 @@ class MNISTDataModule(LightningDataModule):
                 raise UserError(f"{sizes} leave no batch of the {len(images)} training images")
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.split_seed))
             for name, index in (("val", order[:num_val]), ("train", order[num_val:])):
-                self.sets[name] = TensorBatches(images[index], targets[index])
+                self.sets[name] = TensorBatches(images.index_select(0, index), targets[index])
         elif stage == "predict" and self.predict_dir is not None:
             images, self.predict_names, self.unreadable = read_images(self.predict_dir)
             self.sets["predict"] = TensorBatches(images, torch.full([len(images)], -1))

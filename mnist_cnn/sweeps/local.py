@@ -49,10 +49,10 @@ class Sweep:
     def is_open(self, name: str) -> bool:
         """Whether a run is to be executed: one that failed is tried again, but only once by the same command."""
         run = read_run(self.root, name, self.metric)
+        if run.status != "failed":
+            return run.status != "finished"
         with contextlib.suppress(FileNotFoundError):  # another process executes it again
-            return run.status != "finished" and (
-                run.status != "failed" or (self.root / name).stat().st_mtime < self.start
-            )
+            return (self.root / name).stat().st_mtime < self.start
         return True
 
 
@@ -66,8 +66,7 @@ class Job:
         run.mkdir(exist_ok=True)
         (run / "output.log").touch()
         gpus = visible_gpus() if sweep.jobs > 1 else []
-        # A forked process has all that is imported, and the caches that checking the configs filled: it starts in a
-        # second.
+        # A forked process has all that is imported and the caches of checking the configs: it starts in a second.
         context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         args = (run.absolute(), sweep.program, gpus[slot % len(gpus)] if gpus else None)
         self.process = context.Process(target=run_alone, args=args)
