@@ -182,8 +182,10 @@ def main(args: list[str]) -> int:
         return 130
     finally:  # runs that still train after an error; multiprocessing would wait for them
         for process in multiprocessing.active_children():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid or 0, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has no group yet
+                os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+            process.kill()
+            process.join()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import csv
 import functools
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -369,6 +370,10 @@ MISTAKES = {
     "slurm's setting": (["--slurm.tme=3"], "unknown key slurm.tme (did you mean slurm.time?)"),
     "slurm's time": (["--slurm.time=1:00:00"], "slurm.time: "),
     "config_dir and grid": (["--config_dir=some"], "must have config files (*.yaml); it has no base, grid"),
+    "config_dir and exclude": (
+        ["--config_dir=some", "--base=[]", "--grid={}", '--exclude=[{"config": "some/a.yaml"}]'],
+        "it has no base, grid and exclude",
+    ),
     "empty config_dir": (
         ["--config_dir=some", "--base=[]", "--grid={}"],
         "config_dir some must have config files (*.yaml); it has no base, grid and exclude",
@@ -630,6 +635,12 @@ def test_a_misspelt_metric_is_reported_after_the_first_run(foreign, capfd):
     assert statuses() == ["finished", "pending"]
     assert sweep.main([*args, "--metric=loss"]) == 0
     assert len(trained()) == 2
+
+
+def test_an_error_ends_the_other_jobs(foreign, capfd):
+    args = ["--program=foreign:main", "--name=tiny", "--jobs=2", grid(model__fault=[None, "wait"])]
+    assert "no run has the metric los" in error_of(capfd, *args, "--metric=los")
+    assert multiprocessing.active_children() == []
 
 
 def test_a_run_that_diverges_has_failed(folder, capfd):
