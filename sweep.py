@@ -135,7 +135,7 @@ def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[ledger.Run
         ledger.write_results(todo.root, runs)
         runs = [run for run in runs if run.name in todo.names]
         points = rank(runs, todo.metric, display.mode)
-        display.update(runs, ended)
+        display.update(points, ended)
         failures = failures + 1 if ended and ended.status == "failed" else 0
         todo.gave_up |= failures >= max_failures
     finished = [run for run in runs if run.status == "finished"]
@@ -158,9 +158,7 @@ def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[ledger.Run
 
 def print_status(root: Path) -> int:
     """Prints the runs of a sweep's folder, the best first, and how many have which status."""
-    settings = {"metric": "val/acc", "mode": "max"} | ledger.read_settings(root)
-    if not (runs := ledger.read_runs(root, settings["metric"])):
-        raise UserError(f"{root} is not the folder of a sweep: it has no configs/*.yaml")
+    settings, runs = ledger.read_sweep(root)
     display = Display(settings["metric"], settings["mode"])
     display.print_table([Repeats([run]) for point in rank(runs, display.metric, display.mode) for run in point.runs])
     display.say(", ".join(f"{count} {status}" for status, count in Counter(run.status for run in runs).items()))

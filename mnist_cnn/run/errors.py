@@ -79,11 +79,8 @@ def drop_defaults(config: Any) -> None:
     if isinstance(config, Namespace) and isinstance(config.get("init_args"), Namespace):
         for name, parameter in inspect.signature(pydoc.locate(config.class_path)).parameters.items():  # type: ignore
             value = config.init_args.get(name)
-            if (
-                parameter.annotation is parameter.empty
-                and isinstance(value, Namespace | dict)
-                and "class_path" in value
-            ):
+            has_class = isinstance(value, Namespace | dict) and "class_path" in value
+            if has_class and parameter.annotation is parameter.empty:
                 raise UserError(f"{config.class_path}: give its argument {name} a type, to get a {value['class_path']}")
             try:
                 same = json.dumps(value) == json.dumps(convert(value))
@@ -168,8 +165,6 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         return f"{key}: there is no class {missing[1]} of this kind{hint}"
     value = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value|$)", message, re.MULTILINE)
     if value and reason.startswith(("Expected", "Not a")):
-        reason = (
-            re.sub(r"(a )?<class '([\w.]+)'>", r"\2", reason).replace("a typing.Literal", "one of ")
-            + f", got {value[1]!r}"
-        )
+        reason = re.sub(r"(a )?<class '([\w.]+)'>", r"\2", reason).replace("a typing.Literal", "one of ")
+        reason += f", got {value[1]!r}"
     return f"{key}: {reason}" if key else reason

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from mnist_cnn.sweeps.grid import swept_labels
 from mnist_cnn.sweeps.ledger import Run, run_number
-from mnist_cnn.sweeps.points import SEED, Repeats, has_seeds, rank, show_metric
+from mnist_cnn.sweeps.points import SEED, Repeats, has_seeds, show_metric
 
 
 class Display:
@@ -37,15 +37,15 @@ class Display:
         up, self.drawn = self.drawn - 1, 0
         return "\r" + "\x1b[A" * up + "\x1b[J" if up >= 0 else ""
 
-    def update(self, runs: list[Run], ended: Run | None) -> None:
-        """Computes the progress from the state of all runs, and prints a line about one that has just ended."""
+    def update(self, points: list[Repeats], ended: Run | None) -> None:
+        """Computes the progress from the runs of all points, the best first; prints a line about one that has ended."""
+        runs = [run for point in points for run in point.runs]
         states = Counter(run.status for run in runs)
         done = states["finished"] + states["failed"]
         self.done_before = done if self.done_before is None else self.done_before
         count, parts = f"[{done:{len(str(len(runs)))}}/{len(runs)}]", []
         if states["finished"]:
-            best = rank(runs, self.metric, self.mode)[0]
-            parts.append(f"best {best.show(self.metric)} ({run_number(best.runs[0].name)})")
+            parts.append(f"best {points[0].show(self.metric)} ({run_number(runs[0].name)})")
         if self.done_before < done < len(runs):
             seconds = (time.time() - self.start) / (done - self.done_before) * (len(runs) - done)
             parts.append(f"{timedelta(seconds=round(seconds))} left")

@@ -88,6 +88,14 @@ def read_settings(root: Path) -> dict[str, Any]:
     return yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader) if path.exists() else {}
 
 
+def read_sweep(root: Path) -> tuple[dict[str, Any], list[Run]]:
+    """The settings and the runs of a sweep's folder, whatever their state."""
+    settings = {"metric": "val/acc", "mode": "max", "program": "main:main"} | read_settings(root)
+    if not (runs := read_runs(root, settings["metric"])):
+        raise UserError(f"{root} is not the folder of a sweep: it has no configs/*.yaml")
+    return settings, runs
+
+
 def write_sweep(root: Path, settings: dict[str, Any], configs: dict[str, str]) -> None:
     """Writes sweep.yaml and new configs (run -> text); the program and the existing configs must not have changed."""
     texts = {root / "sweep.yaml": yaml.dump(settings, Dumper=yaml.CSafeDumper, sort_keys=False)}

@@ -25,7 +25,7 @@ from mnist_cnn.run.errors import fail
 from mnist_cnn.run.folder import write_metrics
 from mnist_cnn.sweeps.display import Display
 from mnist_cnn.sweeps.grid import import_program
-from mnist_cnn.sweeps.ledger import Run, lock, read_run, run_number, swept_values, write_status
+from mnist_cnn.sweeps.ledger import Run, lock, read_run, run_number, write_status
 
 
 @dataclass
@@ -59,17 +59,15 @@ class Sweep:
 class Job:
     """A run that is executed in a process of its own; its lock is held until it has ended."""
 
-    def __init__(self, sweep: Sweep, name: str, held: Any, slot: int) -> None:
-        self.sweep, self.name, self.held, self.slot, self.stopped = sweep, name, held, slot, False
+    def __init__(self, sweep: Sweep, name: str, held: Any, gpu: str | None) -> None:
+        self.sweep, self.name, self.held, self.gpu, self.stopped = sweep, name, held, gpu, False
         run = sweep.root / name
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir(exist_ok=True)
         (run / "output.log").touch()
-        gpus = visible_gpus() if sweep.jobs > 1 else []
         # A forked process has all that is imported and the caches of checking the configs: it starts in a second.
         context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        args = (run.absolute(), sweep.program, gpus[slot % len(gpus)] if gpus else None)
-        self.process = context.Process(target=run_alone, args=args)
+        self.process = context.Process(target=run_alone, args=(run.absolute(), sweep.program, gpu))
         self.process.start()
 
     def last_line(self) -> str:
@@ -108,11 +106,13 @@ def run_all(sweep: Sweep, display: Display) -> Iterator[Run]:
         import wandb.sdk.launch  # noqa: F401  W&B would import it in each run, which takes a second
     if (hint := idle(sweep)) and any(map(sweep.is_open, sweep.names)):
         display.say(hint)
+    gpus = visible_gpus() if sweep.jobs > 1 else []
+    free = [gpus[index % len(gpus)] if gpus else None for index in range(sweep.jobs)]  # the GPU of each job
     claims, jobs = claim(sweep), list[Job]()
     while True:
         stopping, claimed = sweep.interrupts or sweep.gave_up, None
-        while len(jobs) < sweep.jobs and not stopping and (claimed := next(claims, ())):
-            jobs.append(Job(sweep, *claimed, min({*range(sweep.jobs)} - {job.slot for job in jobs})))
+        while free and not stopping and (claimed := next(claims, ())):
+            jobs.append(Job(sweep, *claimed, free.pop(0)))
         if not jobs and (stopping or claimed == ()):
             return
         lines = [f"{run_number(job.name)}  {job.last_line()}" for job in jobs]
@@ -122,6 +122,7 @@ def run_all(sweep: Sweep, display: Display) -> Iterator[Run]:
         wait([job.process.sentinel for job in jobs], 0.25) if jobs else time.sleep(0.25)
         for job in [job for job in jobs if not job.process.is_alive()]:
             jobs.remove(job)
+            free.append(job.gpu)
             run = job.end()
             print(display.erase(), end="")
             sweep.failed += [run.name] if run.status == "failed" else []
@@ -134,10 +135,9 @@ def claim(sweep: Sweep) -> Iterator[tuple[str, Any] | None]:
     Runs that have failed come last, and before them those that share values with them, so that a few bad values stop
     no others.
     """
-    values = {
-        name: set(map(repr, swept_values(sweep.root / "configs" / f"{name}.yaml").items())) for name in sweep.names
-    }
-    sweep.failed = [name for name in sweep.names if read_run(sweep.root, name, sweep.metric).status == "failed"]
+    runs = [read_run(sweep.root, name, sweep.metric) for name in sweep.names]
+    values = {run.name: set(map(repr, run.swept.items())) for run in runs}
+    sweep.failed = [run.name for run in runs if run.status == "failed"]
     while names := [name for name in values if sweep.is_open(name)]:
         while names:
             shared = Counter(value for name in sweep.failed for value in values[name])

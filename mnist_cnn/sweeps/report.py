@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from mnist_cnn.run.errors import Parser, UserError, fail
 from mnist_cnn.run.files import write_atomically
 from mnist_cnn.sweeps.grid import swept_labels
-from mnist_cnn.sweeps.ledger import Run, read_runs, read_settings, run_number
+from mnist_cnn.sweeps.ledger import Run, read_sweep, run_number
 from mnist_cnn.sweeps.points import SEED, Repeats, compare, has_seeds, rank, show_metric
 
 LAYOUT = {"template": "plotly_white", "height": 500, "margin_t": 80}
@@ -30,10 +30,8 @@ def report(folder: Path) -> Path:
     Args:
         folder: The sweep's folder, logs/sweeps/NAME.
     """
-    settings = {"metric": "val/acc", "mode": "max", "program": "main:main"} | read_settings(folder)
+    settings, runs = read_sweep(folder)
     metric, mode = settings["metric"], settings["mode"]
-    if not (runs := read_runs(folder, metric)):
-        raise UserError(f"{folder} is not the folder of a sweep: it has no configs/*.yaml")
     points = rank(runs, metric, mode)
     ranked = [run for point in points for run in point.runs]
     finished = [run for run in ranked if metric in run.metrics]
@@ -41,6 +39,7 @@ def report(folder: Path) -> Path:
     labels = swept_labels(runs)
     groups = values_of_settings(points, labels, metric)
     shares = {name: explained(*of_setting.values()) for name, of_setting in groups.items()}
+    seeded = known if has_seeds(points) else []
     of_points = explained(*(point.values(metric) for point in known))  # of the variance of all runs
     events = [read_events(folder / run.name) for run in finished]
     losses, verdict = compare_losses(events[0][0]) if finished else ({}, "")
@@ -56,11 +55,11 @@ def report(folder: Path) -> Path:
         swept=dict.fromkeys(name for run in runs for name in labels[run.name]),
         metrics=dict.fromkeys(key for run in ranked for key in run.metrics),
         groups=groups,
-        points=known if has_seeds(points) else [],
+        points=seeded,
         compared=compare(known, metric) if known else "",
         lead=known[0].difference(known[1], metric) if len(known) > 1 else None,
         of_seeds=None if of_points is None or len({run.metrics[metric] for run in finished}) == 1 else 1 - of_points,
-        seeds_plot=draw_seeds(known[:10], metric),
+        seeds_plot=draw_seeds(seeded[:10], metric),
         shares=sorted(shares.items(), key=lambda share: share[1] or 0, reverse=True),
         pictures=events[0][1] if finished else {},
         verdict=verdict,
