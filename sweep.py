@@ -1,15 +1,13 @@
-"""A grid sweep over a LightningCLI program: `python sweep.py` runs the grid of configs/sweep.yaml.
+"""A sweep over a LightningCLI program: `python sweep.py` runs the grid of configs/sweep.yaml.
 
 Its folder, logs/sweeps/NAME, holds its state: the same command continues a stopped sweep, a second one shares the work.
 """
 
 import contextlib
-import importlib.util
 import itertools
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 from collections import Counter
@@ -18,15 +16,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import auto_cli
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from mnist_cnn.run.errors import Parser, UserError, fail
 from mnist_cnn.sweeps import ledger, local
 from mnist_cnn.sweeps import slurm as cluster
+from mnist_cnn.sweeps.axes import flat_keys, points_of, read_axes, swept_of
 from mnist_cnn.sweeps.display import Display
-from mnist_cnn.sweeps.grid import complete_configs, flat_keys, parse, points_of, run_names, swept_of
+from mnist_cnn.sweeps.grid import complete_configs, parse, run_names
 from mnist_cnn.sweeps.points import Repeats, compare, has_seeds, rank, write_points
 from mnist_cnn.sweeps.report import report
+from mnist_cnn.sweeps.search import Search
 
 
 def sweep(
@@ -34,6 +34,11 @@ def sweep(
     grid: dict = {},  # noqa: B006  with types, jsonargparse would add the defaults of classes
     exclude: list[dict] = [],  # noqa: B006
     fixed: dict = {},  # noqa: B006
+    sample: PositiveInt | None = None,
+    seed: NonNegativeInt = 0,
+    search: Literal["tpe"] | None = None,
+    sampler: str | dict | None = None,
+    pruner: str | dict | None = None,
     name: str | None = None,
     metric: str = "val/acc",
     mode: Literal["max", "min"] = "max",
@@ -52,9 +57,14 @@ def sweep(
     Args:
         base: Config files of the program with which every run begins.
         grid: Key, as on the program's command line -> list of values. Those of `config` are files on top of base.
-            `key, other key` -> list of pairs: both vary together.
+            `key, other key` -> list of pairs: both vary together. Key -> {low: 0.01, high: 0.2, log: true}: a range.
         exclude: Settings of the grid (key -> value); a point that has all those of one item is left out.
         fixed: Key -> value, in every run in which the grid does not set the key.
+        sample: How many points are drawn from the grid; null: all.
+        seed: Decides which are drawn.
+        search: tpe: Optuna's TPESampler suggests one point after another, `sample` in all.
+        sampler: Another sampler of Optuna, by class path, or as a class with arguments.
+        pruner: The same for Optuna's pruner, which stops runs that do worse than others.
         name: The folder in logs/sweeps, and the runs' group in W&B; null: the name of config_dir, or "sweep".
         metric: Metric that runs are compared by, as metrics.json names it.
         mode: Whether a higher (max) or lower (min) metric is better.
@@ -73,46 +83,36 @@ def sweep(
     # Settings.
     base, grid, fixed = [base] if isinstance(base, str) else base, flat_keys(grid), flat_keys(fixed)
     files = sorted(Path(config_dir).glob("*.yaml")) if config_dir else []
-    if config_dir and (base or grid or exclude or not files):
+    if config_dir and (base or grid or exclude or sample or not files):
         raise UserError(f"config_dir {config_dir} must have config files (*.yaml); it has no base, grid and exclude")
     grid = {"config": [str(file) for file in files]} if files else grid
-    if not grid:
-        raise UserError("the grid is empty: give --config, --grid or --config_dir")
-    if launcher == "slurm" and not (importlib.util.find_spec("submitit") and shutil.which("sbatch")):
-        raise UserError("launcher slurm needs SLURM's commands on PATH, and submitit: pip install '.[cluster]'")
-    if launcher == "slurm" and jobs > 1:
-        raise UserError("jobs are those of this machine; launcher slurm has slurm.runs_at_once")
-    root = folder_of(name, config_dir)
-    # Points and their complete configs, all checked before anything is written.
+    search = search or ("tpe" if sampler or pruner else None)
+    if launcher == "slurm":
+        cluster.check(jobs, search)
+    root = ledger.folder_of(name, config_dir)
     settings: dict[str, Any] = {"base": base, "grid": grid, "exclude": list(map(flat_keys, exclude)), "fixed": fixed}
-    settings |= {"name": name, "metric": metric, "mode": mode, "program": program}
-    names = write_configs(root, settings, files, limit)
+    settings |= {"sample": sample and int(min(sample, limit or sample)), "seed": int(seed), "name": name}
+    settings |= {"search": search, "sampler": sampler, "pruner": pruner, "metric": metric, "mode": mode}
+    settings |= {"program": program}
+    # Points and their complete configs, all checked before anything is written.
+    print(f"a {'higher' if mode == 'max' else 'lower'} {metric} is better", flush=True)
+    seeking = Search(root, settings) if search else None
+    names = seeking.open() if seeking else write_configs(root, settings, files, limit)
     display = Display(metric, mode)
     if dry_run:
-        display.print_table([Repeats([ledger.read_run(root, name, metric)]) for name in names[:100]])
-        display.say(f"{len(names)} runs: {root / 'configs'}")
-        return 0
+        return print_runs(root, names, display)
     # Runs, each in a process of its own; results.csv after each; the table and the report at the end.
-    todo = local.Sweep(root, names, program, metric, jobs)
+    todo = local.Sweep(root, names, program, metric, jobs, seeking)
     ended = cluster.run_all(todo, display, slurm) if launcher == "slurm" else local.run_all(todo, display)
     return execute(todo, display, ended, max_failures)
 
 
-def folder_of(name: str | None, config_dir: str | None) -> Path:
-    """The folder of a sweep; for the configs of an older sweep, that one's."""
-    if name is not None and not re.fullmatch(r"\w[\w.+=@ -]*", name):
-        raise UserError(f"name: {name!r} is not the name of a folder: use letters, digits and . + = @ -")
-    if config_dir and not name and Path(config_dir, "../.locks").exists():
-        return Path(config_dir).parent
-    return Path("logs/sweeps", name or Path(config_dir or "sweep").resolve().name)
-
-
 def write_configs(root: Path, settings: dict[str, Any], files: list[Path], limit: int | None) -> list[str]:
     """Checks the complete configs of all points, writes those that do not exist yet, and returns the runs' names."""
-    grid, points = settings["grid"], points_of(settings["grid"], settings["exclude"])
-    better = "higher" if settings["mode"] == "max" else "lower"
-    print(f"checking {len(points[:limit])} configs; a {better} {settings['metric']} is better", flush=True)
-    configs = complete_configs(lambda point: parse(settings, point), points[:limit])
+    axes = read_axes(settings["grid"])
+    grid, points = points_of(axes, settings["exclude"], settings["sample"], settings["seed"])
+    print(f"checking {len(points[:limit])} configs", flush=True)
+    configs = complete_configs(lambda point: parse(settings | {"grid": grid}, point), points[:limit])
     with ledger.lock(root, "sweep"):
         if files:  # perhaps those of a sweep, whose base, grid and fixed stay in sweep.yaml
             settings |= ledger.read_settings(root) | {key: settings[key] for key in ("program", "metric", "mode")}
@@ -133,9 +133,9 @@ def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[ledger.Run
     for ended in itertools.chain([None], ended_runs, [None]):  # before the runs, after each, and after all
         runs = ledger.read_runs(todo.root, todo.metric)
         ledger.write_results(todo.root, runs)
-        runs = [run for run in runs if run.name in todo.names]
-        points = rank(runs, todo.metric, display.mode)
-        display.update(points, ended)
+        runs = [run for run in runs if todo.search or run.name in todo.names]
+        points, total = rank(runs, todo.metric, display.mode), todo.search.total(runs) if todo.search else len(runs)
+        display.update(points, ended, total)
         failures = failures + 1 if ended and ended.status == "failed" else 0
         todo.gave_up |= failures >= max_failures
     finished = [run for run in runs if run.status == "finished"]
@@ -153,7 +153,14 @@ def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[ledger.Run
     if todo.interrupts:
         display.say("stopped: the same command continues from here")
         return 130
-    return int(len(finished) < len(runs))
+    return int(any(run.status not in ("finished", "pruned") for run in runs))
+
+
+def print_runs(root: Path, names: list[str], display: Display) -> int:
+    """Prints the first runs of a sweep, and where their configs are."""
+    display.print_table([Repeats([ledger.read_run(root, name, display.metric)]) for name in names[:100]])
+    display.say(f"{len(names)} runs: {root / 'configs'}")
+    return 0
 
 
 def print_status(root: Path) -> int:

@@ -33,6 +33,7 @@ def measure(count: int) -> None:
     """Checks and writes so many points; prints the seconds, the seconds of one call of the parser, and peak MiB."""
     axes = {key: values[:size] for (key, values), size in zip(AXES.items(), SIZES[count])}
     settings = {"program": "main:main", "base": [f"{REPO}/configs/base.yaml"], "fixed": {}, "grid": axes, "exclude": []}
+    settings |= {"sample": None, "seed": 0}
     grid.import_program("main:main")
     start = time.monotonic()
     names = sweep.write_configs(Path("logs/sweeps/many"), settings, [], None)

@@ -50,7 +50,7 @@ def test_help_and_printed_config_write_nothing_else(folder, capfd):
     assert list(folder.iterdir()) == []
 
 
-GRIDS = {"sweep.yaml", "wandb_sweep.yaml"}  # of sweep.py and of W&B
+GRIDS = {"search.yaml", "sweep.yaml", "wandb_sweep.yaml"}  # of sweep.py and of W&B
 CONFIGS = sorted({path.name for path in (REPO / "configs").glob("*.yaml")} - GRIDS)
 
 

@@ -306,9 +306,12 @@ def test_another_sweep_in_the_same_folder_is_refused(change, message, foreign, c
 
 MISTAKES = {
     "empty grid": (["--grid={}"], "the grid is empty"),
-    "empty axis": ([grid(a=[])], "a must be a list of different values, got []"),
-    "no list": ([grid(a=3)], "a must be a list of different values, got 3"),
-    "twice": ([grid(model__net__l1_chan=[4, 8, 4])], "l1_chan must be a list of different values, got [4, 8, 4]"),
+    "empty axis": ([grid(a=[])], "a must be a list of different values or a range, got []"),
+    "no list": ([grid(a=3)], "a must be a list of different values or a range, got 3"),
+    "twice": (
+        [grid(model__net__l1_chan=[4, 8, 4])],
+        "l1_chan must be a list of different values or a range, got [4, 8, 4]",
+    ),
     "two spellings": (
         ['--grid={"model.optimizer.lr": [0.1], "model": {"init_args": {"optimizer.init_args.lr": [0.2]}}}'],
         "model.optimizer.lr is given twice",

@@ -6,9 +6,10 @@ import time
 from collections import Counter
 from datetime import timedelta
 
+from mnist_cnn.sweeps.axes import SEED
 from mnist_cnn.sweeps.grid import swept_labels
 from mnist_cnn.sweeps.ledger import Run, run_number
-from mnist_cnn.sweeps.points import SEED, Repeats, has_seeds, show_metric
+from mnist_cnn.sweeps.points import Repeats, has_seeds, show_metric
 
 
 class Display:
@@ -37,35 +38,34 @@ class Display:
         up, self.drawn = self.drawn - 1, 0
         return "\r" + "\x1b[A" * up + "\x1b[J" if up >= 0 else ""
 
-    def update(self, points: list[Repeats], ended: Run | None) -> None:
+    def update(self, points: list[Repeats], ended: Run | None, total: int) -> None:
         """Computes the progress from the runs of all points, the best first; prints a line about one that has ended."""
         runs = [run for point in points for run in point.runs]
         states = Counter(run.status for run in runs)
-        done = states["finished"] + states["failed"]
+        done = states["finished"] + states["failed"] + states["pruned"]
         self.done_before = done if self.done_before is None else self.done_before
-        count, parts = f"[{done:{len(str(len(runs)))}}/{len(runs)}]", []
+        count, parts = f"[{done:{len(str(total))}}/{total}]", []
         if states["finished"]:
             parts.append(f"best {points[0].show(self.metric)} ({run_number(runs[0].name)})")
-        if self.done_before < done < len(runs):
-            seconds = (time.time() - self.start) / (done - self.done_before) * (len(runs) - done)
+        if self.done_before < done < total:
+            seconds = (time.time() - self.start) / (done - self.done_before) * (total - done)
             parts.append(f"{timedelta(seconds=round(seconds))} left")
-        if states["failed"]:
-            parts.append(f"{states['failed']} failed")
+        parts += [f"{states[status]} {status}" for status in ("failed", "pruned") if states[status]]
         if ended:
             value = show_metric(ended.metrics.get(self.metric))
             result = f"{self.metric} {value}" if ended.status == "finished" else f"{ended.status}: {ended.reason}"
             self.say("  ".join([count, ended.name.ljust(max(len(run.name) for run in runs)), result, *parts]))
-        self.progress = "  ".join([f"{'━' * (20 * done // len(runs)):20} {count}", *parts])
+        self.progress = "  ".join([f"{'━' * (20 * done // total):20} {count}", *parts])
 
     def print_table(self, points: list[Repeats]) -> None:
         """Prints a row for each point: its best run's number and status, seeds, swept values, metrics; cut to fit."""
         runs, seeded = [point.runs[0] for point in points], has_seeds(points)
-        labels, has_status = swept_labels(runs), len({run.status for run in runs}) > 1
+        labels, has_status = swept_labels([run.swept for run in runs]), len({run.status for run in runs}) > 1
         table = []
-        for point, run in zip(points, runs):
+        for point, run, swept in zip(points, runs, labels):
             cells = {"run": run_number(run.name)} | ({"status": run.status} if has_status else {})
             cells |= {"seeds": str(len(point.values(self.metric)))} if seeded else {}
-            cells |= {key: label for key, label in labels[run.name].items() if not (seeded and key == SEED)}
+            cells |= {key: label for key, label in swept.items() if not (seeded and key == SEED)}
             table.append(cells | {key: point.show(key) for key in run.metrics})
         if not table:
             return

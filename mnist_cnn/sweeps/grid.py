@@ -1,4 +1,4 @@
-"""From a grid to run names and complete configs."""
+"""From the points of a grid to run names and complete configs."""
 
 import contextlib
 import functools
@@ -16,51 +16,10 @@ from typing import Any
 import torch
 import yaml
 
-from mnist_cnn.run.errors import UNSERIALIZABLE, UserError, explain, nearest, set_parsing
+from mnist_cnn.run.errors import UNSERIALIZABLE, UserError, explain, set_parsing
 from mnist_cnn.run.folder import flatten
-from mnist_cnn.sweeps.ledger import Config, Run, changes
-
-Point = tuple[int, ...]  # the index of each axis's value
-
-
-def flat_keys(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings by their whole keys: {"model": {"net.l1_chan": 4}} -> {"model.net.l1_chan": 4}."""
-    flat = [(".".join(path).replace("/", "."), value) for path, value in flatten(settings).items() if path]
-    names = [re.sub(r"\.(init_args|class_path)\b", "", name) for key, _ in flat for name in key.split(", ")]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{repeated[0]} is given twice")
-    return dict(flat)
-
-
-def swept_of(grid: dict[str, list[Any]], point: Point) -> dict[str, Any]:
-    """The settings of a point of a grid: key -> value. An axis `a, b` varies two keys, its values are pairs."""
-    axes = [(key.split(", "), values[index]) for (key, values), index in zip(grid.items(), point)]
-    return {key: one for keys, value in axes for key, one in zip(keys, value if len(keys) > 1 else [value])}
-
-
-def points_of(grid: dict[str, list[Any]], exclude: list[dict[str, Any]]) -> list[Point]:
-    """The points of a grid, without those that have all settings of an item of `exclude`."""
-    for key, values in grid.items():
-        if not isinstance(values, list) or not values or len(set(map(json.dumps, values))) < len(values):
-            raise UserError(f"grid: {key} must be a list of different values, got {json.dumps(values)}")
-        count = len(key.split(", "))
-        for value in values if count > 1 else ():
-            if not isinstance(value, list) or len(value) != count:
-                raise UserError(f"grid: {key} must be lists of {count} values, one of them is {json.dumps(value)}")
-    points = list(itertools.product(*(range(len(values)) for values in grid.values())))
-    leaves = {point: flatten(swept_of(grid, point)).items() for point in points}
-    settings = {point: {(".".join(path), json.dumps(value)) for path, value in leaves[point]} for point in points}
-    excluded: set[Point] = set()
-    for part in exclude:
-        items = {(key, json.dumps(value)) for key, value in part.items()}
-        if not (found := {point for point in points if items <= settings[point]}):
-            keys = [key for axis in grid for key in axis.split(", ")]
-            similar = "".join(nearest(key, keys) for key in part if key not in keys)
-            raise UserError(f"exclude: no point of the grid has {json.dumps(part)}{similar}")
-        excluded |= found
-    if len(excluded) == len(points):
-        raise UserError("exclude leaves no point of the grid")
-    return [point for point in points if point not in excluded]
+from mnist_cnn.sweeps.axes import Point, swept_of
+from mnist_cnn.sweeps.ledger import Config, changes
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
@@ -82,26 +41,23 @@ def labels(values: Iterable[Any]) -> dict[str, str]:
     return names
 
 
+def swept_labels(swept: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """For the swept settings of each run: short name of the key -> label of the value."""
+    names = short_names(key for settings in swept for key in settings)
+    shown = {key: labels(settings[key] for settings in swept if key in settings) for key in names}
+    return [{names[key]: shown[key][json.dumps(value)] for key, value in settings.items()} for settings in swept]
+
+
 def run_names(existing: Iterable[str], grid: dict[str, list[Any]], points: list[Point]) -> list[str]:
     """A name for each point of a grid, like `000-l1_chan=4-lr=0.1`; existing runs, all in the grid, keep theirs."""
-    swept = [swept_of(grid, point) for point in points]
-    short = short_names(swept[0])
-    shown = {key: labels(settings[key] for settings in swept) for key in short}
-    parts = [[f"{short[key]}={shown[key][json.dumps(value)]}" for key, value in settings.items()] for settings in swept]
-    names = ["-".join(settings) for settings in parts]
+    shown = swept_labels([swept_of(grid, point) for point in points])
+    names = ["-".join(f"{key}={label}" for key, label in settings.items()) for settings in shown]
     names = [name if len(name) < 150 else f"{name[:140]}~{zlib.crc32(name.encode()):x}" for name in names]
     known = {run.partition("-")[2]: run for run in existing}
     if others := [known[name] for name in known.keys() - names]:
         raise UserError(f"run {min(others)} is not in this grid: give the sweep another name, or delete its folder")
     numbers, width = itertools.count(len(known)), max(3, len(str(len(names) - 1)))
     return [known.get(name) or f"{next(numbers):0{width}}-{name}" for name in names]
-
-
-def swept_labels(runs: list[Run]) -> dict[str, dict[str, str]]:
-    """Run name -> short name of the key -> label of the swept value."""
-    names = short_names(key for run in runs for key in run.swept)
-    shown = {key: labels(run.swept[key] for run in runs if key in run.swept) for key in names}
-    return {run.name: {names[key]: shown[key][json.dumps(value)] for key, value in run.swept.items()} for run in runs}
 
 
 def import_program(program: str) -> Callable[[list[str]], Any]:
@@ -168,6 +124,8 @@ def complete_configs(parse: Callable[[Point], Config], points: list[Point]) -> l
     combination that is no point of the grid cannot be parsed, every point is parsed.
     """
     parse, axes = functools.cache(parse), range(len(points[0]))
+    if sum(len({point[axis] for point in points}) for axis in axes) > len(points):  # drawn from ranges
+        return [parse(point) for point in points]
     first, known = parse(points[0]), set(points)
 
     def changed(point: Point, group: set[int]) -> Config:  # with the first point's values of the other axes

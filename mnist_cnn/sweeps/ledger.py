@@ -29,10 +29,19 @@ class Run:
 
     name: str
     swept: dict[str, Any]  # key -> value
-    status: str = "pending"  # or finished, failed, interrupted, running
-    reason: str = ""  # why it failed or was interrupted
+    status: str = "pending"  # or finished, failed, pruned, interrupted, running
+    reason: str = ""  # why it is not finished
     metrics: dict[str, float] = field(default_factory=dict)  # the numbers of metrics.json, if it is finished
     metrics_of: str = ""  # the checkpoint whose metrics they are, or "last epoch"
+
+
+def folder_of(name: str | None, config_dir: str | None) -> Path:
+    """The folder of a sweep; for the configs of an older sweep, that one's."""
+    if name is not None and not re.fullmatch(r"\w[\w.+=@ -]*", name):
+        raise UserError(f"name: {name!r} is not the name of a folder: use letters, digits and . + = @ -")
+    if config_dir and not name and Path(config_dir, "../.locks").exists():
+        return Path(config_dir).parent
+    return Path("logs/sweeps", name or Path(config_dir or "sweep").resolve().name)
 
 
 def lock(root: Path, name: str, timeout: float = -1) -> Any:
@@ -104,7 +113,8 @@ def write_sweep(root: Path, settings: dict[str, Any], configs: dict[str, str]) -
         if path.exists() and (existing := path.read_text(encoding="utf-8")) != text:
             old, new = (flatten(yaml.load(each, yaml.CSafeLoader)) for each in (existing, text))
             for key in changes(old, new):
-                if path.parent != root or key == ("program",):  # base and fixed show in the configs
+                searched = new.get(("search",)) and key not in (("sample",), ("name",))
+                if path.parent != root or key == ("program",) or searched:  # base and fixed show in a grid's configs
                     change = f"{'.'.join(key)}: {old.get(key)}, now {new.get(key)}"
                     remedy = "give the sweep another name, or delete its folder"
                     raise UserError(f"{path} has other settings ({change}): {remedy}")

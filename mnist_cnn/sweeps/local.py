@@ -26,6 +26,7 @@ from mnist_cnn.run.folder import write_metrics
 from mnist_cnn.sweeps.display import Display
 from mnist_cnn.sweeps.grid import import_program
 from mnist_cnn.sweeps.ledger import Run, lock, read_run, run_number, write_status
+from mnist_cnn.sweeps.search import TRIAL, Pruned, Reporter, Search
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Sweep:
     program: str
     metric: str
     jobs: int = 1
+    search: Search | None = None
     start: float = field(default_factory=time.time)
     interrupts: int = 0  # how often Ctrl-C was pressed
     gave_up: bool = False  # too many runs failed in a row
@@ -50,7 +52,7 @@ class Sweep:
         """Whether a run is to be executed: one that failed is tried again, but only once by the same command."""
         run = read_run(self.root, name, self.metric)
         if run.status != "failed":
-            return run.status != "finished"
+            return run.status not in ("finished", "pruned")
         with contextlib.suppress(FileNotFoundError):  # another process executes it again
             return (self.root / name).stat().st_mtime < self.start
         return True
@@ -67,7 +69,8 @@ class Job:
         (run / "output.log").touch()
         # A forked process has all that is imported and the caches of checking the configs: it starts in a second.
         context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self.process = context.Process(target=run_alone, args=(run.absolute(), sweep.program, gpu))
+        prunes = bool(sweep.search and sweep.search.settings["pruner"])
+        self.process = context.Process(target=run_alone, args=(run.absolute(), sweep.program, gpu, prunes))
         self.process.start()
 
     def last_line(self) -> str:
@@ -90,7 +93,7 @@ class Job:
     def end(self) -> Run:
         """Notes why the run did not finish, if it did not, and releases its lock."""
         root, program, code = self.sweep.root, self.sweep.program, self.process.exitcode
-        if not (root / self.name / "metrics.json").exists():
+        if not any((root / self.name / file).exists() for file in ("metrics.json", "status.json")):
             reason = self.last_line() if code >= 0 else f"killed by {signal.Signals(-code).name}"
             reason = reason if code else f"program {program} exits, but must return its LightningCLI"
             interrupted = ("interrupted", "stopped by Ctrl-C or a signal")
@@ -108,7 +111,7 @@ def run_all(sweep: Sweep, display: Display) -> Iterator[Run]:
         display.say(hint)
     gpus = visible_gpus() if sweep.jobs > 1 else []
     free = [gpus[index % len(gpus)] if gpus else None for index in range(sweep.jobs)]  # the GPU of each job
-    claims, jobs = claim(sweep), list[Job]()
+    claims, jobs = sweep.search.claim() if sweep.search else claim(sweep), list[Job]()
     while True:
         stopping, claimed = sweep.interrupts or sweep.gave_up, None
         while free and not stopping and (claimed := next(claims, ())):
@@ -198,8 +201,8 @@ def step_of(checkpoint: str | None, trainer: Any) -> int:
     return torch.load(checkpoint, "cpu", weights_only=False)["global_step"] if checkpoint else trainer.global_step
 
 
-def run_alone(run: Path, program: str, gpu: str | None) -> None:
-    """Executes a run in this process; writes config.yaml and metrics.json into its folder if the program does not."""
+def run_alone(run: Path, program: str, gpu: str | None, prunes: bool) -> None:
+    """Executes a run in this process, which Optuna may prune."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -213,20 +216,32 @@ def run_alone(run: Path, program: str, gpu: str | None) -> None:
     options, start = [f"--run_dir={run}"], time.monotonic()
     if "\nrun_dir: " not in config.read_text(encoding="utf-8"):
         options = [f"--trainer.default_root_dir={run}", f"--trainer.callbacks+={Recorder.__module__}.Recorder"]
+    if prunes:
+        os.environ[TRIAL] = str(run)
+        options.append(f"--trainer.callbacks+={Reporter.__module__}.Reporter")
     sys.argv = [str(sys.modules[program.partition(":")[0]].__file__), "fit", f"--config={config}", *options]  # for DDP
     os.environ |= {"WANDB_RUN_GROUP": run.parent.name, "WANDB_NAME": run.name, "WANDB_PROGRAM": sys.argv[0]}
-    cli = function(sys.argv[1:])
-    if not hasattr(cli, "trainer"):
-        fail(f"program {program} must return its LightningCLI; it returned {cli!r}")
+    try:
+        cli = function(sys.argv[1:])
+    except Pruned as pruned:
+        write_status(run.parent, run.name, "pruned", str(pruned))
+    else:
+        record(run, cli, time.monotonic() - start)
     if not (run / "config.yaml").exists():
         shutil.copy(config, run / "config.yaml")
+    if "wandb" in sys.modules:  # a forked process skips the exit handlers, with which W&B closes a run
+        sys.modules["wandb"].finish()
+
+
+def record(run: Path, cli: Any, seconds: float) -> None:
+    """Writes metrics.json into a run's folder if the program has not."""
+    if not hasattr(cli, "trainer"):
+        fail(f"the program must return its LightningCLI; it returned {cli!r}")
     if not (run / "metrics.json").exists():
         recorders = [callback for callback in cli.trainer.callbacks if isinstance(callback, Recorder)]
         logged = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
         metrics, best = recorders[0].result(cli.trainer) if recorders else (logged, None)
-        write_metrics(run, cli.trainer, metrics, time.monotonic() - start, best)
-    if "wandb" in sys.modules:  # a forked process skips the exit handlers, with which W&B closes a run
-        sys.modules["wandb"].finish()
+        write_metrics(run, cli.trainer, metrics, seconds, best)
 
 
 def die_with_parent() -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mnist_cnn.run.errors import UserError, nearest
+from mnist_cnn.sweeps.axes import SEED
 from mnist_cnn.sweeps.ledger import Run, write_csv
-
-SEED = "seed_everything"
 
 
 def show_metric(value: float | None, key: str = "") -> str:

@@ -16,9 +16,11 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 
 from mnist_cnn.run.errors import Parser, UserError, fail
 from mnist_cnn.run.files import write_atomically
+from mnist_cnn.sweeps.axes import SEED
 from mnist_cnn.sweeps.grid import swept_labels
 from mnist_cnn.sweeps.ledger import Run, read_sweep, run_number
-from mnist_cnn.sweeps.points import SEED, Repeats, compare, has_seeds, rank, show_metric
+from mnist_cnn.sweeps.points import Repeats, compare, has_seeds, rank, show_metric
+from mnist_cnn.sweeps.search import open_study
 
 LAYOUT = {"template": "plotly_white", "height": 500, "margin_t": 80}
 Curve = dict[int, float]  # step -> value
@@ -36,7 +38,7 @@ def report(folder: Path) -> Path:
     ranked = [run for point in points for run in point.runs]
     finished = [run for run in ranked if metric in run.metrics]
     known = [point for point in points if point.values(metric)]
-    labels = swept_labels(runs)
+    labels = dict(zip((run.name for run in runs), swept_labels([run.swept for run in runs])))
     groups = values_of_settings(points, labels, metric)
     shares = {name: explained(*of_setting.values()) for name, of_setting in groups.items()}
     seeded = known if has_seeds(points) else []
@@ -64,6 +66,7 @@ def report(folder: Path) -> Path:
         pictures=events[0][1] if finished else {},
         verdict=verdict,
         losses_plot=draw_curves(losses, "loss"),
+        search_plots=draw_search(folder, settings) if finished and settings.get("search") else [],
         parallel_plot=draw_parallel([run for run in runs if metric in run.metrics], labels, metric, mode),
         curve=tag,
         curves_plot=draw_curves(curves, tag),
@@ -163,6 +166,14 @@ def draw_seeds(points: list[Repeats], metric: str) -> go.Figure:
         marker = {"color": "#1f77b4", "size": 9, "opacity": 0.7}
         figure.add_scatter(x=[number] * len(values), y=values, text=names, mode="markers", marker=marker)
     return figure.update_layout(showlegend=False)
+
+
+def draw_search(folder: Path, settings: dict[str, Any]) -> list[go.Figure]:
+    """Draws Optuna's history of the best metric, and its slices: the metric over each setting."""
+    study, metric = open_study(folder, settings)[0], settings["metric"]
+    from optuna.visualization import plot_optimization_history, plot_slice
+
+    return [draw(study, target_name=metric).update_layout(LAYOUT) for draw in (plot_optimization_history, plot_slice)]
 
 
 def draw_curves(curves: dict[str, Curve], title: str) -> go.Figure:

@@ -1,9 +1,11 @@
 """Executes runs as SLURM jobs, by submitit. Ctrl-C only stops the waiting; the same command submits the rest again."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -42,6 +44,20 @@ class Slurm:
     runs_at_once: PositiveInt | None = None
     options: dict[str, Any] = field(default_factory=dict)
     poll: PositiveFloat = 10.0
+
+
+def check(jobs: int, search: str | None) -> None:
+    """Refuses what SLURM cannot do.
+
+    Raises:
+        UserError: SLURM's commands or submitit are missing, or a setting is not for SLURM.
+    """
+    if not (importlib.util.find_spec("submitit") and shutil.which("sbatch")):
+        raise UserError("launcher slurm needs SLURM's commands on PATH, and submitit: pip install '.[cluster]'")
+    if jobs > 1:
+        raise UserError("jobs are those of this machine; launcher slurm has slurm.runs_at_once")
+    if search:
+        raise UserError("a search runs on this machine: launcher slurm cannot execute it")
 
 
 def run_job(sweep: Sweep, name: str) -> None:

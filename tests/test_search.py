@@ -1,0 +1,207 @@
+"""Samples and searches: points that are drawn, or that Optuna suggests."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+from conftest import RUN, metrics_of
+from sweeps import FOREIGN, SWEEP, error_of, grid, rows, settings, statuses, trained
+
+import sweep
+from main import main
+from mnist_cnn.sweeps.axes import Range, points_of, swept_of
+
+RATE = {"low": 0.001, "high": 0.5, "log": True}
+SEARCH = [*FOREIGN, "--search=tpe", "--fixed.seed_everything=1"]
+AXES = [grid(model__lr=RATE, model__bias=[False, True], data__batch_size={"low": 8, "high": 32, "step": 8})]
+
+
+def study() -> optuna.Study:
+    journal = optuna.storages.journal.JournalFileBackend(str(SWEEP / "optuna.log"))
+    return optuna.load_study(study_name="sweep", storage=optuna.storages.JournalStorage(journal))
+
+
+def points(axes: dict, *args) -> list[dict]:
+    lists, drawn = points_of(axes, *args)
+    return [swept_of(lists, point) for point in drawn]
+
+
+def test_the_numbers_of_a_range():
+    assert Range(4, 32, 4).numbers() == [4, 8, 12, 16, 20, 24, 28, 32]
+    assert Range(0, 2).numbers() == [0, 1, 2]
+    assert Range(0.1, 0.5, 0.1).numbers() == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert Range(0.1, 0.5).numbers() == Range(1, 9, log=True).numbers() == []
+    assert Range(0.9, 0.99999).shorten(0.99998) == 0.99999  # not 1.0
+
+
+def test_points_are_drawn_uniformly_within_their_ranges_and_by_the_seed():
+    axes = {"a": Range(0.0, 1.0), "b": Range(0.001, 10.0, log=True), "c": Range(1, 1000, log=True), "d": ["x", None]}
+    drawn = points(axes, [], 1000, 0)
+    assert len(drawn) == 1000 and drawn == points(axes, [], 1000, 0) != points(axes, [], 1000, 1)
+    assert drawn[:10] == points(axes, [], 10, 0)  # a larger sample begins with the points of a smaller one
+    expected = {
+        "a": lambda value: value < 0.5,
+        "b": lambda value: value < 0.1,
+        "c": lambda value: value < math.sqrt(1000),
+        "d": lambda value: value is None,
+    }
+    for key, is_low in expected.items():
+        assert 0.45 < sum(is_low(point[key]) for point in drawn) / 1000 < 0.55, key
+    assert all(isinstance(point["c"], int) and 1 <= point["c"] <= 1000 for point in drawn)
+    assert all(0.001 <= point["b"] <= 10 and float(f"{point['b']:.4g}") == point["b"] for point in drawn)
+
+
+def test_a_sample_of_a_grid_repeats_no_point_and_has_all_seeds(capfd):
+    axes = {"a": list(range(10)), "seed_everything": [1, 2, 3], "b": Range(1, 3)}
+    exclude = [{"a": value} for value in range(7)]
+    drawn = points(axes, exclude, 4, 0)
+    assert len({json.dumps(point) for point in drawn}) == len(drawn) == 12
+    assert len({(point["a"], point["b"]) for point in drawn}) == 4 and {point["a"] for point in drawn} <= {7, 8, 9}
+    assert capfd.readouterr().out == ""
+    assert len(points(axes, exclude, 10, 0)) == 27
+    assert "sample: there are only 9 points, all of them are taken" in capfd.readouterr().out
+
+
+def test_a_sample_is_written_and_checked_before_the_first_run(foreign, capfd):
+    args = [*FOREIGN, "--sample=5", *AXES]
+    assert sweep.main([*args, "--dry_run"]) == 0
+    configs = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((SWEEP / "configs").iterdir())}
+    assert len(configs) == 5
+    for name, config in configs.items():
+        lr, bias = config["model"]["lr"], config["model"]["bias"]
+        assert 0.001 <= lr <= 0.5 and config["data"]["batch_size"] in (8, 16, 24, 32)
+        assert name[3:] == f"-lr={lr}-bias={json.dumps(bias)}-batch_size={config['data']['batch_size']}"
+    assert sweep.main([*args, "--sample=6", "--dry_run"]) == 0
+    assert set(configs) < {path.stem for path in (SWEEP / "configs").iterdir()}
+    assert "is not in this grid" in error_of(capfd, *args, "--seed=1")
+    assert not trained()
+
+
+def test_a_search_goes_on_from_its_folder_as_if_it_had_not_stopped(foreign, capfd):
+    assert sweep.main([*SEARCH, *AXES, "--sample=5"]) == 0
+    undisturbed = [{**row, "seconds": ""} for row in rows()]
+    assert statuses() == ["finished"] * 5
+    assert [trial.value for trial in study().trials] == [float(row["loss"]) for row in rows()]
+    assert [trial.state.name for trial in study().trials] == ["COMPLETE"] * 5
+    page = (SWEEP / "report.html").read_text()
+    assert "Optimization History Plot" in page and "Slice Plot" in page
+    SWEEP.rename("undisturbed")
+    Path("trained.txt").unlink()
+    assert sweep.main([*SEARCH, *AXES, "--sample=3"]) == 0
+    assert "3 of 3 runs are finished" in capfd.readouterr().out
+    assert sweep.main([*SEARCH, *AXES, "--sample=5", "--jobs=2"]) == 0
+    assert len(trained()) == 5
+    assert [{**row, "seconds": ""} for row in rows()][:4] == undisturbed[:4]  # of two jobs the first one knows all
+    assert "sweep.yaml has other settings (seed: 0, now 2)" in error_of(capfd, *SEARCH, *AXES, "--sample=5", "--seed=2")
+    assert len(trained()) == 5
+
+
+NEVER_ABOVE_2 = {"class_path": "optuna.pruners.ThresholdPruner", "init_args": {"upper": 2.0, "n_warmup_steps": 1}}
+
+
+def test_runs_without_promise_are_pruned(foreign, capfd):
+    args = [*SEARCH, "--fixed.trainer.max_epochs=3", grid(model__lr=[0.001, 0.5]), "--sample=2"]
+    args += [f"--pruner={json.dumps(NEVER_ABOVE_2)}"]
+    assert sweep.main(args) == 0
+    finished, pruned = sorted(rows(), key=lambda row: row["status"])
+    assert (finished["status"], pruned["status"], pruned["model.lr"]) == ("finished", "pruned", "0.001")
+    printed = capfd.readouterr().out
+    assert "pruned: after epoch 2" in printed and "1 of 2 runs are finished" in printed
+    trial = study().trials[int(pruned["name"].partition("-")[0])]
+    assert trial.state.name == "PRUNED" and [*trial.intermediate_values] == [0, 1] and trial.value > 2
+    page = (SWEEP / "report.html").read_text()
+    assert "1 of 2 runs are finished, 1 pruned" in page and "<td>after epoch 2" in page
+    assert sweep.main(args) == 0 and len(trained()) == 2
+    # Outside of the sweep, the config of a pruned run trains to the end.
+    foreign_program = sys.modules["foreign"]
+    cli = foreign_program.main(["fit", f"--config={SWEEP / pruned['name'] / 'config.yaml'}"])
+    assert cli.trainer.current_epoch == 3
+
+
+def test_a_run_of_a_search_is_rerun_from_its_config(folder):
+    args = settings(folder, grid={"model.optimizer.lr": {"low": 0.01, "high": 0.1}}, search="tpe", sample=1)
+    assert sweep.main([*args, "--pruner=optuna.pruners.MedianPruner"]) == 0
+    (run,) = SWEEP.glob("0*")
+    main(["fit", f"--config={run / 'config.yaml'}"])
+    assert metrics_of(RUN) == metrics_of(run)
+
+
+def test_a_pruner_needs_a_metric_of_validation(foreign, capfd):
+    args = ["--program=foreign:main", "--name=tiny", "--metric=los", "--search=tpe", "--sample=9", "--max_failures=2"]
+    error_of(capfd, *args, *AXES, "--pruner=optuna.pruners.MedianPruner")
+    assert (
+        "a pruner needs los, which validation does not log (did you mean loss?)" in (SWEEP / "report.html").read_text()
+    )
+    assert statuses() == ["failed"] * 2
+
+
+def test_a_search_ends_when_all_points_have_been_tried(foreign, capfd):
+    args = [*SEARCH, grid(model__lr=[0.1, 0.2], model__bias=[False, True]), "--sample=20"]
+    assert sweep.main([*args, '--exclude=[{"model.lr": 0.1, "model.bias": true}]']) == 0
+    assert sorted((row["model.lr"], row["model.bias"]) for row in rows()) == [
+        ("0.1", "false"),
+        ("0.2", "false"),
+        ("0.2", "true"),
+    ]
+    assert "search: all 3 points have been tried" in capfd.readouterr().out
+
+
+def test_runs_that_fail_are_replaced(foreign):
+    assert sweep.main([*SEARCH, grid(model__fault=["exit", None], model__lr=RATE), "--sample=2"]) == 1
+    assert sorted(statuses())[-3:] == ["failed", "finished", "finished"]
+    states = [trial.state.name for trial in study().trials]
+    assert (states.count("COMPLETE"), states.count("FAIL")) == (2, statuses().count("failed"))
+
+
+def test_a_class_can_be_searched(foreign):
+    axes = grid(trainer__callbacks=[None, [{"class_path": "DeviceStatsMonitor"}]])
+    assert sweep.main([*SEARCH, axes, "--sample=2", "--dry_run"]) == 0
+
+
+MISTAKES = {
+    "no high": ([grid(model__lr={"low": 0.1})], "grid: model.lr: a range is {low: 0.01, high: 0.2}, perhaps with"),
+    "no number": ([grid(model__lr={"low": "a", "high": 1})], "grid: model.lr: a range is"),
+    "misspelt": ([grid(model__lr={"low": 0.1, "hihg": 0.2})], "grid: model.lr: a range is {low: 0.01"),
+    "empty": ([grid(model__lr={"low": 0.1, "high": 0.1})], "model.lr: low, 0.1, must be below high, 0.1"),
+    "low above high": ([grid(model__lr={"low": 0.2, "high": 0.1})], "model.lr: low, 0.2, must be below high, 0.1"),
+    "log of 0": ([grid(model__lr={"low": 0, "high": 0.1, "log": True})], "a logarithmic range is above 0"),
+    "log and step": ([grid(model__lr={"low": 1, "high": 9, "log": True, "step": 2})], "and has no step"),
+    "step": ([grid(model__lr={"low": 0.1, "high": 0.2, "step": 0})], "step must be above 0"),
+    "no sample": (["--sample=null", grid(model__lr=RATE)], "model.lr has endlessly many values: give sample, or th"),
+    "sample": (["--sample=0", *AXES], "sample: "),
+    "excludes nothing": (
+        [*AXES, '--exclude=[{"model.bia": true}]'],
+        'has {"model.bia": true} (did you mean model.bias?)',
+    ),
+    "search": (["--search=tp", *AXES], "search: Expected one of ['tpe'], got 'tp'"),
+    "search without sample": (["--search=tpe", "--sample=null", *AXES], "a search needs sample, the number of runs"),
+    "no sampler": (["--sampler=optuna.samplers.TPSampler", *AXES], "sampler: module 'optuna.samplers' has no"),
+    "a pruner as sampler": (["--sampler=optuna.pruners.MedianPruner", *AXES], "to a subclass of BaseSampler"),
+    "no pruner": (["--pruner=Median", *AXES], "pruner: there is no class Median of this kind"),
+    "seeds": (["--search=tpe", grid(seed_everything=[1, 2])], "seed_everything belongs into fixed"),
+    "wrong end": (["--search=tpe", grid(data__batch_size={"low": 1.5, "high": 8})], "data.batch_size"),
+    "search excludes nothing": (
+        ["--search=tpe", *AXES, '--exclude=[{"model.bias": 3}]'],
+        'no point of the grid has {"model.bias": 3}',
+    ),
+    "folder": (["--config_dir=some", "--base=[]", "--grid={}"], "it has no base, grid"),
+}
+
+
+@pytest.mark.parametrize("args, message", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_gets_a_line_and_leaves_nothing(args, message, foreign, capfd):
+    os.mkdir("some")
+    Path("some/a.yaml").touch()
+    assert message in error_of(capfd, *FOREIGN, "--sample=5", *args)
+    assert not Path("logs").exists()
+
+
+def test_a_search_without_optuna(foreign, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert "a search needs Optuna: pip install '.[search]'" in error_of(capfd, *SEARCH, *AXES, "--sample=2")
+    assert not Path("logs").exists()
