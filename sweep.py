@@ -52,7 +52,7 @@ def sweep(
     slurm: cluster.Slurm = cluster.Slurm(),  # noqa: B008  it cannot be changed
     status: Path | None = None,
 ) -> int:
-    """Writes a complete config for each point of a grid, runs them, and compares the results; 0 if all are finished.
+    """Writes a complete config for each point of a grid, runs them, and compares the results; 0 if none is left.
 
     Args:
         base: Config files of the program with which every run begins.
@@ -60,11 +60,11 @@ def sweep(
             `key, other key` -> list of pairs: both vary together. Key -> {low: 0.01, high: 0.2, log: true}: a range.
         exclude: Settings of the grid (key -> value); a point that has all those of one item is left out.
         fixed: Key -> value, in every run in which the grid does not set the key.
-        sample: How many points are drawn from the grid; null: all.
-        seed: Decides which are drawn.
-        search: tpe: Optuna's TPESampler suggests one point after another, `sample` in all.
-        sampler: Another sampler of Optuna, by class path, or as a class with arguments.
-        pruner: The same for Optuna's pruner, which stops runs that do worse than others.
+        sample: How many points are drawn, or searched; null: all of the grid.
+        seed: Seed of the sample, or of the search.
+        search: tpe: Optuna's TPESampler suggests one point after another.
+        sampler: Search with this sampler of Optuna: a class path, or a class with arguments.
+        pruner: Search with this pruner of Optuna, which stops runs that do worse than others.
         name: The folder in logs/sweeps, and the runs' group in W&B; null: the name of config_dir, or "sweep".
         metric: Metric that runs are compared by, as metrics.json names it.
         mode: Whether a higher (max) or lower (min) metric is better.
@@ -95,14 +95,14 @@ def sweep(
     settings |= {"search": search, "sampler": sampler, "pruner": pruner, "metric": metric, "mode": mode}
     settings |= {"program": program}
     # Points and their complete configs, all checked before anything is written.
-    print(f"a {'higher' if mode == 'max' else 'lower'} {metric} is better", flush=True)
-    seeking = Search(root, settings) if search else None
-    names = seeking.open() if seeking else write_configs(root, settings, files, limit)
+    print(f"checking the configs; a {'higher' if mode == 'max' else 'lower'} {metric} is better", flush=True)
+    searching = Search(root, settings) if search else None
+    names = searching.open() if searching else write_configs(root, settings, files, limit)
     display = Display(metric, mode)
     if dry_run:
         return print_runs(root, names, display)
     # Runs, each in a process of its own; results.csv after each; the table and the report at the end.
-    todo = local.Sweep(root, names, program, metric, jobs, seeking)
+    todo = local.Sweep(root, names, program, metric, jobs, searching)
     ended = cluster.run_all(todo, display, slurm) if launcher == "slurm" else local.run_all(todo, display)
     return execute(todo, display, ended, max_failures)
 
@@ -111,7 +111,6 @@ def write_configs(root: Path, settings: dict[str, Any], files: list[Path], limit
     """Checks the complete configs of all points, writes those that do not exist yet, and returns the runs' names."""
     axes = read_axes(settings["grid"])
     grid, points = points_of(axes, settings["exclude"], settings["sample"], settings["seed"])
-    print(f"checking {len(points[:limit])} configs", flush=True)
     configs = complete_configs(lambda point: parse(settings | {"grid": grid}, point), points[:limit])
     with ledger.lock(root, "sweep"):
         if files:  # perhaps those of a sweep, whose base, grid and fixed stay in sweep.yaml
@@ -138,6 +137,8 @@ def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[ledger.Run
         display.update(points, ended, total)
         failures = failures + 1 if ended and ended.status == "failed" else 0
         todo.gave_up |= failures >= max_failures
+    if todo.search:
+        todo.search.tell()
     finished = [run for run in runs if run.status == "finished"]
     display.print_table([point for point in points if point.runs[0].status == "finished"][:20])
     if finished and has_seeds(points):
@@ -153,7 +154,8 @@ def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[ledger.Run
     if todo.interrupts:
         display.say("stopped: the same command continues from here")
         return 130
-    return int(any(run.status not in ("finished", "pruned") for run in runs))
+    done = ("finished", "pruned", "failed") if todo.search else ("finished", "pruned")  # a search replaces failed runs
+    return int(any(run.status not in done for run in runs))
 
 
 def print_runs(root: Path, names: list[str], display: Display) -> int:

@@ -14,7 +14,8 @@ from sweeps import FOREIGN, SWEEP, error_of, grid, rows, settings, statuses, tra
 
 import sweep
 from main import main
-from mnist_cnn.sweeps.axes import Range, points_of, swept_of
+from mnist_cnn.run.errors import UserError
+from mnist_cnn.sweeps.axes import DEFAULTS, Range, points_of, read_axes, swept_of
 
 RATE = {"low": 0.001, "high": 0.5, "log": True}
 SEARCH = [*FOREIGN, "--search=tpe", "--fixed.seed_everything=1"]
@@ -32,15 +33,22 @@ def points(axes: dict, *args) -> list[dict]:
 
 
 def test_the_numbers_of_a_range():
-    assert Range(4, 32, 4).numbers() == [4, 8, 12, 16, 20, 24, 28, 32]
-    assert Range(0, 2).numbers() == [0, 1, 2]
-    assert Range(0.1, 0.5, 0.1).numbers() == [0.1, 0.2, 0.3, 0.4, 0.5]
-    assert Range(0.1, 0.5).numbers() == Range(1, 9, log=True).numbers() == []
-    assert Range(0.9, 0.99999).shorten(0.99998) == 0.99999  # not 1.0
+    axes = {"a": [4, 30, 4], "b": [0, 2], "c": [0.1, 0.5, 0.1], "d": [0.1, 0.5], "e": [1, 3], "f": [0, 10**9]}
+    grid = {f"{key}.{name}": value for key, axis in axes.items() for name, value in zip(DEFAULTS, axis)}
+    grid["e.log"] = True
+    assert {key: axis.numbers() for key, axis in read_axes(grid).items()} == {
+        "a": [4, 8, 12, 16, 20, 24, 28],
+        "b": [0, 1, 2],
+        "c": [0.1, 0.2, 0.3, 0.4, 0.5],
+        "d": [],
+        "e": [1, 2, 3],
+        "f": [],
+    }
+    assert Range(0.9, 0.9999999).closest(0.99999989) == 0.9999999  # not 1.0
 
 
 def test_points_are_drawn_uniformly_within_their_ranges_and_by_the_seed():
-    axes = {"a": Range(0.0, 1.0), "b": Range(0.001, 10.0, log=True), "c": Range(1, 1000, log=True), "d": ["x", None]}
+    axes = {"a": Range(0.0, 1.0), "b": Range(0.001, 10.0, log=True), "c": Range(1, 1000, 1, log=True), "d": ["x", None]}
     drawn = points(axes, [], 1000, 0)
     assert len(drawn) == 1000 and drawn == points(axes, [], 1000, 0) != points(axes, [], 1000, 1)
     assert drawn[:10] == points(axes, [], 10, 0)  # a larger sample begins with the points of a smaller one
@@ -53,11 +61,11 @@ def test_points_are_drawn_uniformly_within_their_ranges_and_by_the_seed():
     for key, is_low in expected.items():
         assert 0.45 < sum(is_low(point[key]) for point in drawn) / 1000 < 0.55, key
     assert all(isinstance(point["c"], int) and 1 <= point["c"] <= 1000 for point in drawn)
-    assert all(0.001 <= point["b"] <= 10 and float(f"{point['b']:.4g}") == point["b"] for point in drawn)
+    assert all(0.001 <= point["b"] <= 10 and float(f"{point['b']:.6g}") == point["b"] for point in drawn)
 
 
 def test_a_sample_of_a_grid_repeats_no_point_and_has_all_seeds(capfd):
-    axes = {"a": list(range(10)), "seed_everything": [1, 2, 3], "b": Range(1, 3)}
+    axes = {"a": list(range(10)), "seed_everything": [1, 2, 3], "b": Range(1, 3, 1)}
     exclude = [{"a": value} for value in range(7)]
     drawn = points(axes, exclude, 4, 0)
     assert len({json.dumps(point) for point in drawn}) == len(drawn) == 12
@@ -65,6 +73,15 @@ def test_a_sample_of_a_grid_repeats_no_point_and_has_all_seeds(capfd):
     assert capfd.readouterr().out == ""
     assert len(points(axes, exclude, 10, 0)) == 27
     assert "sample: there are only 9 points, all of them are taken" in capfd.readouterr().out
+
+
+def test_an_item_of_exclude_need_not_be_drawn(capfd):
+    axes = {key: list(range(10)) for key in "abcd"}
+    assert len(points(axes, [{"a": 1, "b": 2, "c": 3}], 5, 0)) == 5
+    assert len(points(axes, [{"a": value} for value in range(9)], 50, 0)) == 50
+    with pytest.raises(UserError, match="exclude: no point of the grid has"):
+        points(axes, [{"a": 10}], 5, 0)
+    assert capfd.readouterr().out == ""
 
 
 def test_a_sample_is_written_and_checked_before_the_first_run(foreign, capfd):
@@ -141,21 +158,22 @@ def test_a_pruner_needs_a_metric_of_validation(foreign, capfd):
 
 
 def test_a_search_ends_when_all_points_have_been_tried(foreign, capfd):
-    args = [*SEARCH, grid(model__lr=[0.1, 0.2], model__bias=[False, True]), "--sample=20"]
+    args = [*SEARCH, grid(model__lr=[0.1, 0.2], model__bias=[False, True]), "--sample=20", "--jobs=2"]
     assert sweep.main([*args, '--exclude=[{"model.lr": 0.1, "model.bias": true}]']) == 0
     assert sorted((row["model.lr"], row["model.bias"]) for row in rows()) == [
         ("0.1", "false"),
         ("0.2", "false"),
         ("0.2", "true"),
     ]
-    assert "search: all 3 points have been tried" in capfd.readouterr().out
+    assert capfd.readouterr().out.count("search: all 3 points have been tried") == 1
 
 
 def test_runs_that_fail_are_replaced(foreign):
-    assert sweep.main([*SEARCH, grid(model__fault=["exit", None], model__lr=RATE), "--sample=2"]) == 1
-    assert sorted(statuses())[-3:] == ["failed", "finished", "finished"]
+    assert sweep.main([*SEARCH, grid(model__fault=["exit", None], model__lr=RATE), "--sample=4"]) == 0
+    failed = statuses().count("failed")
+    assert failed > 0 and statuses().count("finished") == 4 == len(rows()) - failed
     states = [trial.state.name for trial in study().trials]
-    assert (states.count("COMPLETE"), states.count("FAIL")) == (2, statuses().count("failed"))
+    assert (states.count("COMPLETE"), states.count("PRUNED")) == (4, failed)
 
 
 def test_a_class_can_be_searched(foreign):
@@ -164,16 +182,18 @@ def test_a_class_can_be_searched(foreign):
 
 
 MISTAKES = {
-    "no high": ([grid(model__lr={"low": 0.1})], "grid: model.lr: a range is {low: 0.01, high: 0.2}, perhaps with"),
+    "no high": ([grid(model__lr={"low": 0.1})], "grid: model.lr: a range is {low: 0.01, high: 0.2}, with opt"),
     "no number": ([grid(model__lr={"low": "a", "high": 1})], "grid: model.lr: a range is"),
     "misspelt": ([grid(model__lr={"low": 0.1, "hihg": 0.2})], "grid: model.lr: a range is {low: 0.01"),
     "empty": ([grid(model__lr={"low": 0.1, "high": 0.1})], "model.lr: low, 0.1, must be below high, 0.1"),
     "low above high": ([grid(model__lr={"low": 0.2, "high": 0.1})], "model.lr: low, 0.2, must be below high, 0.1"),
-    "log of 0": ([grid(model__lr={"low": 0, "high": 0.1, "log": True})], "a logarithmic range is above 0"),
-    "log and step": ([grid(model__lr={"low": 1, "high": 9, "log": True, "step": 2})], "and has no step"),
+    "log of 0": ([grid(model__lr={"low": 0, "high": 0.1, "log": True})], "with log, low must be above 0, got 0"),
+    "log and step": ([grid(model__lr={"low": 1, "high": 9, "log": True, "step": 2})], "step must be above 0, and om"),
     "step": ([grid(model__lr={"low": 0.1, "high": 0.2, "step": 0})], "step must be above 0"),
-    "no sample": (["--sample=null", grid(model__lr=RATE)], "model.lr has endlessly many values: give sample, or th"),
+    "no sample": (["--sample=null", grid(model__lr=RATE)], "model.lr has too many values to list: set sample"),
     "sample": (["--sample=0", *AXES], "sample: "),
+    "excludes all": ([*AXES, '--exclude=[{"model.bias": true}, {"model.bias": false}]'], "exclude leaves no point"),
+    "log": ([grid(model__lr={"low": 1, "high": 9, "log": "no"})], "model.lr: a range is"),
     "excludes nothing": (
         [*AXES, '--exclude=[{"model.bia": true}]'],
         'has {"model.bia": true} (did you mean model.bias?)',
@@ -183,7 +203,7 @@ MISTAKES = {
     "no sampler": (["--sampler=optuna.samplers.TPSampler", *AXES], "sampler: module 'optuna.samplers' has no"),
     "a pruner as sampler": (["--sampler=optuna.pruners.MedianPruner", *AXES], "to a subclass of BaseSampler"),
     "no pruner": (["--pruner=Median", *AXES], "pruner: there is no class Median of this kind"),
-    "seeds": (["--search=tpe", grid(seed_everything=[1, 2])], "seed_everything belongs into fixed"),
+    "seeds": (["--search=tpe", grid(seed_everything=[1, 2])], "move seed_everything to fixed"),
     "wrong end": (["--search=tpe", grid(data__batch_size={"low": 1.5, "high": 8})], "data.batch_size"),
     "search excludes nothing": (
         ["--search=tpe", *AXES, '--exclude=[{"model.bias": 3}]'],

@@ -53,7 +53,7 @@ class TestPictures(Callback):
             self._keep_worst({key: value.flatten(0, 1) for key, value in gathered.items()})
         right, total = int(counts.trace()), int(counts.sum())
         classes = getattr(trainer.datamodule, "classes", None) or [str(index) for index in range(len(counts))]
-        figure = Figure(figsize=(8, 8))
+        figure = Figure((8, 8), dpi=80)
         axes = figure.add_axes((0.12, 0.12, 0.85, 0.82))
         axes.set_title(f"test: {total - right:,} errors among {total:,} images, accuracy {right / total:.4f}")
         self._confusion.plot(counts.cpu(), axes, labels=classes, cmap="Reds")
@@ -70,7 +70,7 @@ def draw_worst(worst: dict[str, Tensor], classes: Sequence[str]) -> Figure:
     images, gap = worst["image"].cpu().float(), 9  # pixels between two images, where the text goes
     columns = math.ceil(math.sqrt(len(images)))
     grid = make_grid(images, columns, padding=gap, normalize=True, scale_each=True, pad_value=1)
-    figure = Figure(figsize=(1.6 * columns, 1.6 * math.ceil(len(images) / columns)))
+    figure = Figure((1.6 * columns, 1.6 * math.ceil(len(images) / columns)), dpi=80)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(grid.permute(1, 2, 0))
     axes.axis("off")

@@ -5,8 +5,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from mnist_cnn.run.errors import UserError, nearest
@@ -23,39 +22,40 @@ class Range:
     Args:
         low: The lowest number.
         high: The highest number.
-        step: The distance of two numbers; None: 1 of integers, otherwise any number.
+        step: The distance of two numbers; 0: any number.
         log: Uniform in the logarithm.
     """
 
     low: float
     high: float
-    step: float | None = None
+    step: float = 0
     log: bool = False
 
     @property
     def is_integer(self) -> bool:
         """Whether all numbers are integers."""
-        return all(isinstance(number, int) for number in (self.low, self.high, self.step or 1))
+        return isinstance(self.low + self.high + self.step, int)
 
     def numbers(self) -> list[float]:
-        """All numbers; [] if they cannot be listed."""
-        step = self.step or (1 if self.is_integer and not self.log else math.inf)
-        count = math.floor((self.high - self.low) / step + 1e-9) + 1
-        listed = [self.low + step * index for index in range(count)] if step < math.inf else []
-        return listed if self.is_integer else [float(f"{number:.12g}") for number in listed]
+        """All numbers; [] if they are more than 10,000."""
+        count = round((self.high - self.low) / self.step) + 1 if self.step else math.inf
+        return [self.closest(self.low + self.step * index) for index in range(int(count))] if count <= 10_000 else []
 
     def draw(self, rng: random.Random) -> float:
-        """A random number of a range that cannot be listed."""
-        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
-        number = rng.uniform(low, high)
-        return self.shorten(math.exp(number) if self.log else number)
+        """A random number."""
+        low, high = self.low - self.step / 2, self.high + self.step / 2  # so that each number has the same share
+        number = rng.uniform(math.log(low), math.log(high)) if self.log else rng.uniform(low, high)
+        return self.closest(math.exp(number) if self.log else number)
 
-    def shorten(self, number: float) -> float:
-        """The number with four digits, for names and tables."""
-        return min(max(self.low, round(number) if self.is_integer else float(f"{number:.4g}")), self.high)
+    def closest(self, number: float) -> float:
+        """The closest number of the range; of six digits, for names and tables, if it has no steps."""
+        number = self.low + self.step * round((number - self.low) / self.step) if self.step else float(f"{number:.6g}")
+        number = int(number) if self.is_integer else float(f"{number:.12g}")  # no 0.30000000000000004
+        return min(max(self.low, number), self.high)
 
 
 Axes = dict[str, list[Any] | Range]
+DEFAULTS: dict[str, Any] = {"low": None, "high": None, "step": 0, "log": False}  # of a range
 
 
 def flat_keys(settings: dict[str, Any]) -> dict[str, Any]:
@@ -72,11 +72,10 @@ def read_axes(grid: dict[str, Any]) -> Axes:
     if not grid:
         raise UserError("the grid is empty: give --config, --grid or --config_dir")
     axes: dict[str, Any] = {}
-    names = [field.name for field in fields(Range)]
     for key, value in grid.items():
-        of, _, name = key.rpartition(".")
-        if name in names and of and not isinstance(value, list):
-            axes.setdefault(of, {})[name] = value
+        axis, _, field = key.rpartition(".")
+        if field in DEFAULTS and axis and not isinstance(value, list):
+            axes.setdefault(axis, {})[field] = value
         else:
             axes[key] = value
     for key, axis in axes.items():
@@ -92,17 +91,18 @@ def read_axes(grid: dict[str, Any]) -> Axes:
 
 
 def read_range(name: str, content: dict[str, Any]) -> Range:
-    """Checks a range."""
-    if any(not isinstance(content.get(key, of), int | float) for key, of in (("low", ""), ("high", ""), ("step", 1))):
-        raise UserError(f"{name}: a range is {{low: 0.01, high: 0.2}}, perhaps with step or log, got {content}")
-    found = Range(**content)
-    if not found.low < found.high:
-        raise UserError(f"{name}: low, {found.low}, must be below high, {found.high}")
-    if found.log and (found.low <= 0 or found.step):
-        raise UserError(f"{name}: a logarithmic range is above 0, and has no step")
-    if found.step is not None and found.step <= 0:
-        raise UserError(f"{name}: step must be above 0, got {found.step}")
-    return found
+    """Checks a range. Its step is 1 if it has integers, and its high end a number that steps reach."""
+    low, high, step, log = (content.get(key, default) for key, default in DEFAULTS.items())
+    if not all(isinstance(number, int | float) for number in (low, high, step)) or not isinstance(log, bool):
+        raise UserError(f"{name}: a range is {{low: 0.01, high: 0.2}}, with optional step and log, got {content}")
+    if not low < high:
+        raise UserError(f"{name}: low, {low}, must be below high, {high}")
+    if step < 0 or ("step" in content and (log or not step)):
+        raise UserError(f"{name}: step must be above 0, and omitted with log")
+    if log and low <= 0:
+        raise UserError(f"{name}: with log, low must be above 0, got {low}")
+    step = step or int(isinstance(low + high, int))
+    return Range(low, low + step * math.floor((high - low) / step + 1e-9) if step else high, step, log)
 
 
 def swept_of(grid: dict[str, list[Any]], point: Point) -> dict[str, Any]:
@@ -116,10 +116,16 @@ def items_of(settings: dict[str, Any]) -> set[tuple[str, str]]:
     return {(".".join(path), json.dumps(value)) for path, value in flatten(settings).items()}
 
 
+def is_excluded(settings: dict[str, Any], exclude: list[dict[str, Any]]) -> bool:
+    """Whether an item of `exclude` has only settings that these are."""
+    items = items_of(settings) if exclude else set()
+    return any(items_of(part) <= items for part in exclude)
+
+
 def points_of(
     axes: Axes, exclude: list[dict[str, Any]], sample: int | None = None, seed: int = 0
 ) -> tuple[dict[str, list[Any]], list[Point]]:
-    """The lists of values of a grid, and its points, without those that have all settings of an item of `exclude`.
+    """The values of each axis, and the points that are not excluded: all, or a sample of them.
 
     Args:
         axes: Key -> list or range.
@@ -127,54 +133,43 @@ def points_of(
         sample: How many points are drawn, each repeated with all values of seed_everything; None: all.
         seed: Decides which are drawn; the first ones are the same for every `sample`.
     """
-    axes = {key: axis.numbers() or axis if isinstance(axis, Range) else axis for key, axis in axes.items()}
-    if (endless := [key for key, axis in axes.items() if isinstance(axis, Range)]) and not sample:
-        raise UserError(f"grid: {endless[0]} has endlessly many values: give sample, or the range a step")
-    if sample:
-        grid, points = draw(axes, 20 * sample, seed)
-    else:
-        grid = {key: axis for key, axis in axes.items() if isinstance(axis, list)}  # all of them
-        points = list(itertools.product(*(range(len(values)) for values in grid.values())))
-    allowed = without(grid, points, exclude)[:sample]
-    if sample and len(allowed) < sample:
-        print(f"sample: there are only {len(allowed)} points, all of them are taken")
-    if sample and SEED in grid:
-        at = [*grid].index(SEED)
-        allowed = [(*point[:at], each, *point[at + 1 :]) for point in allowed for each in range(len(grid[SEED]))]
-    return grid, allowed
-
-
-def draw(axes: Axes, count: int, seed: int) -> tuple[dict[str, list[Any]], list[Point]]:
-    """Draws points, all with the first value of seed_everything; fewer than `count` if some are drawn repeatedly."""
-    rng, points = random.Random(seed), []
-    drawn: dict[str, dict[float, int]] = {key: {} for key, axis in axes.items() if isinstance(axis, Range)}
-    for _ in range(count):
-        point = []
-        for key, axis in axes.items():
-            if isinstance(axis, Range):
-                point.append(drawn[key].setdefault(axis.draw(rng), len(drawn[key])))
-            else:
-                point.append(0 if key == SEED else rng.randrange(len(axis)))
-        points.append(tuple(point))
-    grid = {key: list(drawn[key]) if isinstance(axis, Range) else axis for key, axis in axes.items()}
-    return grid, list(dict.fromkeys(points))
-
-
-def without(grid: dict[str, list[Any]], points: list[Point], exclude: list[dict[str, Any]]) -> list[Point]:
-    """The points that have not all settings of an item of `exclude`."""
-    settings = {point: items_of(swept_of(grid, point)) for point in points} if exclude else {}
-    excluded: set[Point] = set()
+    grid = {key: axis.numbers() if isinstance(axis, Range) else axis for key, axis in axes.items()}
+    known = {item for key in grid for value in grid[key] for item in items_of(swept_of({key: [value]}, (0,)))}
     for part in exclude:
-        excluded |= (found := {point for point in points if items_of(part) <= settings[point]})
-        if not found:
-            raise no_point(part, grid)
-    if len(excluded) == len(points):
+        if not items_of(part) <= known:
+            keys = [key for axis in grid for key in axis.split(", ")]
+            similar = "".join(nearest(key, keys) for key in part if key not in keys)
+            raise UserError(f"exclude: no point of the grid has {json.dumps(part)}{similar}")
+    if sample:
+        lists = {key: grid[key] or axis for key, axis in axes.items() if not (isinstance(axis, Range) and axis.log)}
+        grid, points = draw(axes | lists, exclude, sample, seed)
+    elif endless := [key for key in grid if not grid[key]]:
+        raise UserError(f"grid: {endless[0]} has too many values to list: set sample, or give the range a larger step")
+    else:
+        points = list(itertools.product(*(range(len(values)) for values in grid.values())))
+        points = [point for point in points if not is_excluded(swept_of(grid, point), exclude)]
+    if not points:
         raise UserError("exclude leaves no point of the grid")
-    return [point for point in points if point not in excluded]
+    return grid, points
 
 
-def no_point(part: dict[str, Any], grid: Iterable[str]) -> UserError:
-    """The error about an item of `exclude` that excludes nothing."""
-    keys = [key for axis in grid for key in axis.split(", ")]
-    similar = "".join(nearest(key, keys) for key in part if key not in keys)
-    return UserError(f"exclude: no point of the grid has {json.dumps(part)}{similar}")
+def draw(axes: Axes, exclude: list[dict[str, Any]], sample: int, seed: int) -> tuple[dict[str, list[Any]], list[Point]]:
+    """Draws a sample, see points_of; ranges that can be listed are lists, if they are uniform."""
+    rng, tried, drawn = random.Random(seed), set[str](), list[dict[str, Any]]()
+    total = math.prod(len(axis) if isinstance(axis, list) else math.inf for key, axis in axes.items() if key != SEED)
+    for _ in range(1000 * sample):
+        if len(drawn) == sample or len(tried) == total:
+            break
+        values = {key: axis.draw(rng) if isinstance(axis, Range) else rng.choice(axis) for key, axis in axes.items()}
+        values |= {SEED: axes[SEED]} if SEED in axes else {}
+        if (code := json.dumps(values)) not in tried:
+            tried.add(code)
+            grid = {key: [value] for key, value in values.items()}
+            drawn += [] if is_excluded(swept_of(grid, (0,) * len(grid)), exclude) else [values]
+    if len(drawn) < sample:
+        print(f"sample: there are only {len(drawn)} points, all of them are taken")
+    if SEED in axes:
+        drawn = [values | {SEED: each} for values in drawn for each in values[SEED]]
+    codes = {key: [*dict.fromkeys(json.dumps(values[key]) for values in drawn)] for key in axes}
+    points = [tuple(codes[key].index(json.dumps(values[key])) for key in axes) for values in drawn]
+    return {key: [*map(json.loads, codes[key])] for key in axes}, points

@@ -106,7 +106,10 @@ class Job:
 def run_all(sweep: Sweep, display: Display) -> Iterator[Run]:
     """Executes the runs that are not finished, and yields each; waits for those that other processes execute."""
     if any("WandbLogger" in config.read_text(encoding="utf-8") for config in (sweep.root / "configs").glob("*.yaml")):
-        import wandb.sdk.launch  # noqa: F401  W&B would import it in each run, which takes a second
+        import omegaconf  # noqa: F401  each run would import both of them, which takes a second
+        import wandb.sdk.launch
+
+        wandb.setup(wandb.Settings(silent=True))  # starts the process that writes runs, once for all of them
     if (hint := idle(sweep)) and any(map(sweep.is_open, sweep.names)):
         display.say(hint)
     gpus = visible_gpus() if sweep.jobs > 1 else []
@@ -117,6 +120,8 @@ def run_all(sweep: Sweep, display: Display) -> Iterator[Run]:
         while free and not stopping and (claimed := next(claims, ())):
             jobs.append(Job(sweep, *claimed, free.pop(0)))
         if not jobs and (stopping or claimed == ()):
+            if "wandb" in sys.modules:
+                sys.modules["wandb"].teardown()
             return
         lines = [f"{run_number(job.name)}  {job.last_line()}" for job in jobs]
         display.show(*lines or ["waiting for runs that other processes execute"])
@@ -202,7 +207,7 @@ def step_of(checkpoint: str | None, trainer: Any) -> int:
 
 
 def run_alone(run: Path, program: str, gpu: str | None, prunes: bool) -> None:
-    """Executes a run in this process, which Optuna may prune."""
+    """Executes a run in this process; Optuna may prune it."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -226,22 +231,22 @@ def run_alone(run: Path, program: str, gpu: str | None, prunes: bool) -> None:
     except Pruned as pruned:
         write_status(run.parent, run.name, "pruned", str(pruned))
     else:
-        record(run, cli, time.monotonic() - start)
+        if not hasattr(cli, "trainer"):
+            fail(f"program {program} must return its LightningCLI; it returned {cli!r}")
+        record(run, cli.trainer, time.monotonic() - start)
     if not (run / "config.yaml").exists():
         shutil.copy(config, run / "config.yaml")
     if "wandb" in sys.modules:  # a forked process skips the exit handlers, with which W&B closes a run
         sys.modules["wandb"].finish()
 
 
-def record(run: Path, cli: Any, seconds: float) -> None:
+def record(run: Path, trainer: Any, seconds: float) -> None:
     """Writes metrics.json into a run's folder if the program has not."""
-    if not hasattr(cli, "trainer"):
-        fail(f"the program must return its LightningCLI; it returned {cli!r}")
     if not (run / "metrics.json").exists():
-        recorders = [callback for callback in cli.trainer.callbacks if isinstance(callback, Recorder)]
-        logged = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
-        metrics, best = recorders[0].result(cli.trainer) if recorders else (logged, None)
-        write_metrics(run, cli.trainer, metrics, seconds, best)
+        recorders = [callback for callback in trainer.callbacks if isinstance(callback, Recorder)]
+        logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        metrics, best = recorders[0].result(trainer) if recorders else (logged, None)
+        write_metrics(run, trainer, metrics, seconds, best)
 
 
 def die_with_parent() -> None:

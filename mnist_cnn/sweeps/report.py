@@ -4,6 +4,7 @@ sweep.py writes it after the last run, `python -m mnist_cnn.sweeps.report logs/s
 """
 
 import base64
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,8 @@ def draw_parallel(runs: list[Run], labels: dict[str, dict[str, str]], metric: st
     for name in dict.fromkeys(name for run in runs for name in labels[run.name]):
         column = [labels[run.name].get(name, "") for run in runs]
         ticks = list(dict.fromkeys(column))
+        with contextlib.suppress(ValueError):  # others keep the order of the grid
+            ticks.sort(key=float)
         positions = [ticks.index(label) + offset for label, offset in zip(column, spread)]
         shown = ticks[:: len(ticks) // 20 + 1]  # as many as are legible
         places = {"values": positions, "range": [-0.5, len(ticks) - 0.5], "tickvals": [*map(ticks.index, shown)]}

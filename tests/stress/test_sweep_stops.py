@@ -93,6 +93,21 @@ def test_a_run_dies_with_its_sweep_and_starts_over(foreign):
     assert process.returncode == 130
 
 
+def test_a_killed_search_finds_what_it_finds_undisturbed(foreign):
+    axes = grid(model__lr={"low": 0.01, "high": 0.5, "log": True}, model__bias=[False, True])
+    args = [*FOREIGN, "--search=tpe", "--sample=14", "--fixed.seed_everything=1", axes]  # TPE begins after ten
+    assert in_new_process(*args).returncode == 0
+    SWEEP.rename("undisturbed")
+    os.remove("trained.txt")
+    for count in (2, 5, 13):
+        process = start(*args)
+        wait_for(lambda: len(trained()) >= count, process)  # noqa: B023
+        process.kill()
+        process.wait()
+    assert in_new_process(*args).returncode == 0
+    assert less_times(RESULTS) == less_times(Path("undisturbed/results.csv"))
+
+
 @pytest.mark.parametrize("jobs, ended", {1: ["interrupted", "pending"], 2: ["interrupted"] * 2}.items())
 def test_ctrl_c_in_a_terminal_ends_the_runs_cleanly(jobs, ended, foreign):
     process = start(*FOREIGN, "--fixed.model.fault=pause", grid(model__lr=[0.1, 0.2]), f"--jobs={jobs}")
