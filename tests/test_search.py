@@ -72,7 +72,8 @@ def test_a_sample_of_a_grid_repeats_no_point_and_has_all_seeds(capfd):
     assert len({(point["a"], point["b"]) for point in drawn}) == 4 and {point["a"] for point in drawn} <= {7, 8, 9}
     assert capfd.readouterr().out == ""
     assert len(points(axes, exclude, 10, 0)) == 27
-    assert "sample: there are only 9 points, all of them are taken" in capfd.readouterr().out
+    assert len(points(axes, [*exclude, {"a": 8, "seed_everything": 2}], 10, 0)) == 24
+    assert capfd.readouterr().out == 2 * "sample: there are only 9 points, all of them are taken\n"
 
 
 def test_an_item_of_exclude_need_not_be_drawn(capfd):

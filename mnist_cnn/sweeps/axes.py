@@ -154,22 +154,23 @@ def points_of(
 
 
 def draw(axes: Axes, exclude: list[dict[str, Any]], sample: int, seed: int) -> tuple[dict[str, list[Any]], list[Point]]:
-    """Draws a sample, see points_of; ranges that can be listed are lists, if they are uniform."""
-    rng, tried, drawn = random.Random(seed), set[str](), list[dict[str, Any]]()
-    total = math.prod(len(axis) if isinstance(axis, list) else math.inf for key, axis in axes.items() if key != SEED)
+    """Draws a sample, see points_of; uniform ranges are lists if they can be listed."""
+    rng, tried, drawn = random.Random(seed), set[str](), list[list[dict[str, Any]]]()
+    varied = {key: axis for key, axis in axes.items() if key != SEED}
+    total = math.prod(len(axis) if isinstance(axis, list) else math.inf for axis in varied.values())
     for _ in range(1000 * sample):
         if len(drawn) == sample or len(tried) == total:
             break
-        values = {key: axis.draw(rng) if isinstance(axis, Range) else rng.choice(axis) for key, axis in axes.items()}
-        values |= {SEED: axes[SEED]} if SEED in axes else {}
+        values = {key: axis.draw(rng) if isinstance(axis, Range) else rng.choice(axis) for key, axis in varied.items()}
         if (code := json.dumps(values)) not in tried:
             tried.add(code)
-            grid = {key: [value] for key, value in values.items()}
-            drawn += [] if is_excluded(swept_of(grid, (0,) * len(grid)), exclude) else [values]
-    if len(drawn) < sample:
+            repeats = [values | {SEED: each} for each in axes[SEED]] if SEED in axes else [values]  # type: ignore
+            grids = [{key: [repeat[key]] for key in axes} for repeat in repeats]
+            kept = [grid for grid in grids if not is_excluded(swept_of(grid, (0,) * len(grid)), exclude)]
+            drawn += [kept] if kept else []
+    if 0 < len(drawn) < sample:
         print(f"sample: there are only {len(drawn)} points, all of them are taken")
-    if SEED in axes:
-        drawn = [values | {SEED: each} for values in drawn for each in values[SEED]]
-    codes = {key: [*dict.fromkeys(json.dumps(values[key]) for values in drawn)] for key in axes}
-    points = [tuple(codes[key].index(json.dumps(values[key])) for key in axes) for values in drawn]
-    return {key: [*map(json.loads, codes[key])] for key in axes}, points
+    points = [{key: json.dumps(values[0]) for key, values in grid.items()} for kept in drawn for grid in kept]
+    codes = {key: [*dict.fromkeys(point[key] for point in points)] for key in axes}
+    indices = [tuple(codes[key].index(point[key]) for key in axes) for point in points]
+    return {key: [*map(json.loads, codes[key])] for key in axes}, indices
