@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
@@ -103,11 +104,16 @@ def foreign(folder):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A finished sweep of four runs with both loggers, as a user starts it."""
+    """A finished sweep of four points and three seeds with both loggers, as a user starts it, and what it printed."""
     import sweeps  # which imports this file
 
-    folder = tmp_path_factory.mktemp("tiny")
-    return folder, sweeps.run_tiny(folder)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"  # one for all workers
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            (folder / "printed.txt").write_text(sweeps.run_tiny(folder))
+    return folder, (folder / "printed.txt").read_text()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -19,11 +20,10 @@ QUIET = {"tensorboard": None, "wandb": None}
 GRID = {"model.net.l1_chan": [4, 8], "model.optimizer.nesterov": [False, True]}
 FOREIGN = ["--program=foreign:main", "--metric=loss", "--mode=min", "--name=tiny"]
 SWEEP = Path("logs/sweeps/tiny")
-NAMES = [
-    "000-l1_chan=4-nesterov=false",
-    "001-l1_chan=4-nesterov=true",
-    "002-l1_chan=8-nesterov=false",
-    "003-l1_chan=8-nesterov=true",
+SEEDS = [1, 2, 3]
+NAMES = [  # of the four points, each with three seeds
+    f"{place:03}-l1_chan={chan}-nesterov={nesterov}-seed_everything={seed}"
+    for place, (chan, nesterov, seed) in enumerate(itertools.product((4, 8), ("false", "true"), SEEDS))
 ]
 
 
@@ -36,12 +36,13 @@ def settings(folder: Path, **changes) -> list[str]:
 
 
 def run_tiny(folder: Path) -> str:
-    """Runs a sweep of four runs with both loggers in `folder`, two at a time; returns what it printed."""
-    fixed = dict(option.removeprefix("--").split("=") for option in [BASE[2], *SMALL, *SHORT])
+    """Runs a sweep of four points and three seeds with both loggers, two runs at a time; returns what it printed."""
+    fixed = dict(option.removeprefix("--").split("=") for option in [BASE[2], *SMALL, *SHORT, "--trainer.max_epochs=1"])
+    args = settings(folder, grid=GRID | {"seed_everything": SEEDS}, fixed=fixed)
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.chdir(folder)
-        assert sweep.main([*settings(folder, fixed=fixed), "--jobs=2"]) == 0, printed.getvalue()
+        assert sweep.main([*args, "--jobs=2"]) == 0, printed.getvalue()
     return printed.getvalue()
 
 

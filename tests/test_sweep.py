@@ -27,7 +27,7 @@ from main import main
 from mnist_cnn.sweeps.grid import complete_configs, labels, parse, run_names, short_names
 from mnist_cnn.sweeps.local import Sweep, idle
 
-# A sweep of four runs from its beginning to its end ------------------------------------------------------------------
+# A sweep of four points and three seeds from its beginning to its end ------------------------------------------------
 
 
 def test_a_config_of_a_sweep_means_its_run(tiny, monkeypatch):
@@ -42,13 +42,14 @@ def test_results_have_a_row_for_each_run_with_its_metrics(tiny):
     results = rows(tiny[0] / SWEEP)
     assert [row["name"] for row in results] == NAMES
     assert {row["status"] for row in results} == {"finished"}
-    swept = list(itertools.product(["4", "8"], ["false", "true"]))
-    assert [(row["model.net.l1_chan"], row["model.optimizer.nesterov"]) for row in results] == swept
+    swept = list(itertools.product(["4", "8"], ["false", "true"], ["1", "2", "3"]))
+    keys = ("model.net.l1_chan", "model.optimizer.nesterov", "seed_everything")
+    assert [tuple(row[key] for key in keys) for row in results] == swept
     for row in results:
         metrics = json.loads((tiny[0] / SWEEP / row["name"] / "metrics.json").read_text())
         assert row["metrics_of"] == Path(metrics.pop("best_checkpoint")).name
         assert {key: float(row[key]) for key in metrics} == metrics
-    assert len({row["val/loss"] for row in results}) == 4
+    assert len({row["val/loss"] for row in results}) == 12
 
 
 def test_duckdb_gives_results_their_types(tiny):
@@ -58,15 +59,34 @@ def test_duckdb_gives_results_their_types(tiny):
     assert kinds["val/acc"] == kinds["test/loss"] == kinds["seconds"] == "DOUBLE"
 
 
-def test_the_table_is_sorted_by_the_metric_and_the_last_lines_say_where_the_results_are(tiny):
+def test_runs_that_differ_in_their_seed_are_one_point(tiny):
+    losses: dict[tuple[str, ...], list[float]] = {}
+    for row in rows(tiny[0] / SWEEP):
+        losses.setdefault((row["model.net.l1_chan"], row["model.optimizer.nesterov"]), []).append(float(row["val/acc"]))
+    order = sorted(losses, key=lambda point: -statistics.fmean(losses[point]))
+    with open(tiny[0] / SWEEP / "results_by_point.csv") as file:
+        points = list(csv.DictReader(file))
+    assert [(point["model.net.l1_chan"], point["model.optimizer.nesterov"]) for point in points] == order
+    for point, key in zip(points, order):
+        assert point["seeds"] == "3" and float(point["val/acc"]) == statistics.fmean(losses[key])
+        assert float(point["val/acc std"]) == pytest.approx(statistics.stdev(losses[key]))
     lines = tiny[1].splitlines()
-    header = next(index for index, line in enumerate(lines) if line.startswith("run"))
-    assert lines[header].split()[:3] == ["run", "l1_chan", "nesterov"]
-    order = sorted(rows(tiny[0] / SWEEP), key=lambda row: (-float(row["val/acc"]), row["name"]))
-    assert [line.split()[0] for line in lines[header + 1 : header + 5]] == [row["name"][:3] for row in order]
-    assert lines[-2].startswith("4 of 4 runs are finished") and lines[-2].endswith("logs/sweeps/tiny/results.csv")
+    (header,) = [index for index, line in enumerate(lines) if line.startswith("run ")]
+    shown = [re.split(r"  +", line) for line in lines[header : header + 5]]
+    assert shown[0][:4] == ["run", "seeds", "l1_chan", "nesterov"]
+    for row, key in zip(shown[1:], order):
+        assert row[1:4] == ["3", *key]
+        assert row[shown[0].index("val/acc")].startswith(f"{statistics.fmean(losses[key]):.4f} ± ")
+    verdict, page = lines[header + 5], (tiny[0] / SWEEP / "report.html").read_text()
+    assert re.match(r"best 0\.\d+ ± 0\.\d+ \(3 seeds\); [0-3] others? (is|are) within one standard error", verdict)
+    assert verdict in page and "Best point" in page and "lies between seeds of the same point" in page
+
+
+def test_each_run_has_a_line_and_the_last_ones_say_where_the_results_are(tiny):
+    lines = tiny[1].splitlines()
+    assert lines[-2].startswith("12 of 12 runs are finished") and lines[-2].endswith("logs/sweeps/tiny/results.csv")
     assert lines[-1] == "report: logs/sweeps/tiny/report.html" and (tiny[0] / SWEEP / "report.html").is_file()
-    assert sum(line.startswith("[") for line in lines) == 4  # one line a run, since this is not a terminal
+    assert sum(line.startswith("[") for line in lines) == 12  # this is not a terminal
 
 
 def test_a_written_config_is_that_of_the_run_and_gives_the_same_numbers_alone(tiny, folder):
@@ -92,7 +112,7 @@ def test_tensorboard_has_each_runs_metrics_and_what_was_swept(tiny):
 
 def test_wandb_groups_the_runs_under_their_names(tiny):
     logs = [file.read_bytes() for file in (tiny[0] / "logs/wandb").glob("offline-run-*/run-*.wandb")]
-    assert len(logs) == 4
+    assert len(logs) == 12
     for name in NAMES:
         assert sum(name.encode() in log and b"tiny" in log for log in logs) == 1
 
@@ -110,7 +130,7 @@ def test_the_same_command_again_only_repeats_unfinished_runs(tiny, tmp_path, mon
 
 def test_a_folder_of_configs_is_run(tiny, folder):
     shutil.copytree(tiny[0] / SWEEP / "configs", "mine")
-    for name in NAMES[:3]:
+    for name in {*NAMES} - {NAMES[3]}:
         os.remove(f"mine/{name}.yaml")
     Path("mine/own.yaml").write_text("# no sweep\n" + Path(f"mine/{NAMES[3]}.yaml").read_text().partition("\n")[2])
     options = ["--metric=test/loss", "--mode=min", '--fixed={"wandb": null, "tensorboard": null}']
@@ -557,32 +577,6 @@ def test_cores_that_stand_idle_are_noticed(tiny, monkeypatch):
     assert idle(replace(todo, jobs=3)) == "8 cores, 3 in use: --jobs=8 would use all"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     assert idle(todo) == "3 GPUs, 1 in use: --jobs=3 would use all"
-
-
-def test_runs_that_differ_in_their_seed_are_one_point(foreign, capfd):
-    axes = {"model.lr": [0.1, 0.2], "seed_everything": [0, 1]}
-    assert sweep.main([*FOREIGN, f"--grid={json.dumps(axes)}"]) == 0
-    losses: dict[str, list[float]] = {}
-    for row in rows():
-        losses.setdefault(row["model.lr"], []).append(float(row["loss"]))
-    order = sorted(losses, key=lambda lr: statistics.fmean(losses[lr]))
-    with open(SWEEP / "results_by_point.csv") as file:
-        points = list(csv.DictReader(file))
-    assert [point["model.lr"] for point in points] == order
-    for point in points:
-        values = losses[point["model.lr"]]
-        assert point["seeds"] == "2" and float(point["loss"]) == statistics.fmean(values)
-        assert float(point["loss std"]) == statistics.stdev(values) > 0
-    lines = capfd.readouterr().out.splitlines()
-    (header,) = [index for index, line in enumerate(lines) if line.startswith("run ")]
-    shown = [re.split(r"  +", line) for line in lines[header : header + 3]]
-    assert shown[0][:4] == ["run", "seeds", "lr", "loss"]
-    for row, lr in zip(shown[1:], order):
-        assert row[1:3] == ["2", lr]
-        assert float(row[3].partition(" ± ")[0]) == pytest.approx(statistics.fmean(losses[lr]), rel=1e-2)
-    verdict, page = lines[header + 3], (SWEEP / "report.html").read_text()
-    assert re.match(r"best 0\.\d+ ± 0\.\d+ \(2 seeds\); [01] others? (is|are) within one standard error", verdict)
-    assert verdict in page and "Best point" in page and "lies between seeds of the same point" in page
 
 
 def test_after_a_failure_the_run_that_has_least_in_common_with_it_is_next(foreign):
