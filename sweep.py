@@ -110,15 +110,15 @@ def sweep(
 def write_configs(root: Path, settings: dict[str, Any], files: list[Path], limit: int | None) -> list[str]:
     """Checks the complete configs of all points, writes those that do not exist yet, and returns the runs' names."""
     axes = read_axes(settings["grid"])
-    grid, points = points_of(axes, settings["exclude"], settings["sample"], settings["seed"])
-    configs = complete_configs(lambda point: parse(settings | {"grid": grid}, point), points[:limit])
+    points = points_of(axes, settings["exclude"], settings["sample"], settings["seed"])
+    configs = complete_configs(lambda point: parse(settings, swept_of(axes, point)), points[:limit])
     with ledger.lock(root, "sweep"):
         if files:  # perhaps those of a sweep, whose base, grid and fixed stay in sweep.yaml
             settings |= ledger.read_settings(root) | {key: settings[key] for key in ("program", "metric", "mode")}
             names, swept = [file.stem for file in files], [ledger.swept_values(file) for file in files]
         else:
-            names = run_names((path.stem for path in (root / "configs").glob("*.yaml")), grid, points)
-            swept = [swept_of(grid, point) for point in points]
+            swept = [swept_of(axes, point) for point in points]
+            names = run_names((path.stem for path in (root / "configs").glob("*.yaml")), swept)
         contents = {name: ledger.to_yaml(config, values) for name, config, values in zip(names, configs, swept)}
         ledger.write_sweep(root, settings, contents)
     return sorted(contents)

@@ -41,7 +41,7 @@ def measure(count: int) -> None:
     assert len(names) == len(os.listdir("logs/sweeps/many/configs")) == count
     start = time.monotonic()
     for index in range(4):
-        grid.parse(settings, (index, *[0] * (len(axes) - 1)))
+        grid.parse(settings, {key: values[index % len(values)] for key, values in axes.items()})
     parse = (time.monotonic() - start) / 4
     print(json.dumps([seconds, parse, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 

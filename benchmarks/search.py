@@ -33,8 +33,7 @@ def read_points() -> dict[str, float]:
 
 def random_sample(points: dict[str, float], seed: int) -> list[float]:
     """The results of a sample."""
-    grid, drawn = points_of(GRID, [], RUNS, seed)
-    return [points[json.dumps(swept_of(grid, point))] for point in drawn]
+    return [points[json.dumps(swept_of(GRID, point))] for point in points_of(GRID, [], RUNS, seed)]
 
 
 def search(points: dict[str, float], seed: int) -> list[float]:

@@ -28,8 +28,7 @@ def study() -> optuna.Study:
 
 
 def points(axes: dict, *args) -> list[dict]:
-    lists, drawn = points_of(axes, *args)
-    return [swept_of(lists, point) for point in drawn]
+    return [swept_of(axes, point) for point in points_of(axes, *args)]
 
 
 def test_the_numbers_of_a_range():

@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import sweep
 from main import main
+from mnist_cnn.sweeps.axes import points_of, swept_of
 from mnist_cnn.sweeps.grid import complete_configs, labels, parse, run_names, short_names
 from mnist_cnn.sweeps.local import Sweep, idle
 
@@ -161,7 +162,7 @@ def test_values_get_short_names_that_distinguish_them():
     assert [*labels(values[:3]).values()] == shown[:3]
     assert [*labels([None, "a/b.yaml", ["c/d.yaml", "e.v2.yaml"]]).values()] == ["null", "b", "d-e.v2"]
     alike = [{"class_path": "x.Adam"}, {"class_path": "y.Adam"}, "1", 1, "\u00e9", "\u00e8", "x" * 300, "x" * 301]
-    names = run_names([], {"model.key": alike}, [(index,) for index in range(len(alike))])
+    names = run_names([], [{"model.key": value} for value in alike])
     assert [name[:8] for name in names] == [f"00{index}-key=" for index in range(len(alike))]
     assert len({name[4:] for name in names}) == len(alike)
     assert all(name.isascii() and len(name) < 200 for name in names)
@@ -182,9 +183,9 @@ AXES = {
 @pytest.mark.parametrize("axes", AXES.values(), ids=AXES.keys())
 def test_combined_configs_are_what_the_parser_makes_of_each_combination(axes, folder):
     Path("over.yaml").write_text("trainer: {max_epochs: 7, limit_val_batches: 3}\nmodel: {init_args: {net: CNN}}\n")
-    swept = {"program": "main:main", "base": [BASE[1]], "fixed": {"trainer.min_epochs": 1}, "grid": axes}
-    points = list(itertools.product(*(range(len(values)) for values in axes.values())))
-    parse_once = functools.cache(functools.partial(parse, swept))
+    swept = {"program": "main:main", "base": [BASE[1]], "fixed": {"trainer.min_epochs": 1}}
+    points = points_of(axes, [])
+    parse_once = functools.cache(lambda point: parse(swept, swept_of(axes, point)))
     for point, config in zip(points, complete_configs(parse_once, points)):
         assert repr(sorted(config.items())) == repr(sorted(parse_once(point).items()))
 

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from mnist_cnn.run.errors import UserError, nearest
 from mnist_cnn.run.folder import flatten
 
 SEED = "seed_everything"
-Point = tuple[int, ...]  # the index of each axis's value
+Point = tuple[str, ...]  # the JSON of each axis's value
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,13 @@ def read_range(name: str, content: dict[str, Any]) -> Range:
     return Range(low, low + step * math.floor((high - low) / step + 1e-9) if step else high, step, log)
 
 
-def swept_of(grid: dict[str, list[Any]], point: Point) -> dict[str, Any]:
-    """The settings of a point of a grid: key -> value. An axis `a, b` varies two keys, its values are pairs."""
-    axes = [(key.split(", "), values[index]) for (key, values), index in zip(grid.items(), point)]
-    return {key: one for keys, value in axes for key, one in zip(keys, value if len(keys) > 1 else [value])}
+def swept_of(axes: Iterable[str], point: Point) -> dict[str, Any]:
+    """The settings of a point: key -> value. An axis `a, b` varies two keys, its values are pairs."""
+    swept: dict[str, Any] = {}
+    for axis, code in zip(axes, point):
+        keys, value = axis.split(", "), json.loads(code)
+        swept |= zip(keys, value if len(keys) > 1 else [value])
+    return swept
 
 
 def items_of(settings: dict[str, Any]) -> set[tuple[str, str]]:
@@ -122,10 +126,8 @@ def is_excluded(settings: dict[str, Any], exclude: list[dict[str, Any]]) -> bool
     return any(items_of(part) <= items for part in exclude)
 
 
-def points_of(
-    axes: Axes, exclude: list[dict[str, Any]], sample: int | None = None, seed: int = 0
-) -> tuple[dict[str, list[Any]], list[Point]]:
-    """The values of each axis, and the points that are not excluded: all, or a sample of them.
+def points_of(axes: Axes, exclude: list[dict[str, Any]], sample: int | None = None, seed: int = 0) -> list[Point]:
+    """The points that are not excluded: all of a grid, or a sample.
 
     Args:
         axes: Key -> list or range.
@@ -133,44 +135,41 @@ def points_of(
         sample: How many points are drawn, each repeated with all values of seed_everything; None: all.
         seed: Decides which are drawn; the first ones are the same for every `sample`.
     """
-    grid = {key: axis.numbers() if isinstance(axis, Range) else axis for key, axis in axes.items()}
-    known = {item for key in grid for value in grid[key] for item in items_of(swept_of({key: [value]}, (0,)))}
+    lists = {key: axis.numbers() if isinstance(axis, Range) else axis for key, axis in axes.items()}
+    codes = {key: [*map(json.dumps, values)] for key, values in lists.items()}
+    known = {item for key in codes for code in codes[key] for item in items_of(swept_of([key], (code,)))}
     for part in exclude:
         if not items_of(part) <= known:
-            keys = [key for axis in grid for key in axis.split(", ")]
+            keys = [key for axis in axes for key in axis.split(", ")]
             similar = "".join(nearest(key, keys) for key in part if key not in keys)
             raise UserError(f"exclude: no point of the grid has {json.dumps(part)}{similar}")
     if sample:
-        lists = {key: grid[key] or axis for key, axis in axes.items() if not (isinstance(axis, Range) and axis.log)}
-        grid, points = draw(axes | lists, exclude, sample, seed)
-    elif endless := [key for key in grid if not grid[key]]:
+        uniform = {key: lists[key] or axis for key, axis in axes.items() if not (isinstance(axis, Range) and axis.log)}
+        points = draw(axes | uniform, exclude, sample, seed)
+    elif endless := [key for key in codes if not codes[key]]:
         raise UserError(f"grid: {endless[0]} has too many values to list: set sample, or give the range a larger step")
     else:
-        points = list(itertools.product(*(range(len(values)) for values in grid.values())))
-        points = [point for point in points if not is_excluded(swept_of(grid, point), exclude)]
+        points = [*itertools.product(*codes.values())]
+        points = [point for point in points if not is_excluded(swept_of(axes, point), exclude)]
     if not points:
         raise UserError("exclude leaves no point of the grid")
-    return grid, points
+    return points
 
 
-def draw(axes: Axes, exclude: list[dict[str, Any]], sample: int, seed: int) -> tuple[dict[str, list[Any]], list[Point]]:
+def draw(axes: Axes, exclude: list[dict[str, Any]], sample: int, seed: int) -> list[Point]:
     """Draws a sample, see points_of; uniform ranges are lists if they can be listed."""
-    rng, tried, drawn = random.Random(seed), set[str](), list[list[dict[str, Any]]]()
-    varied = {key: axis for key, axis in axes.items() if key != SEED}
-    total = math.prod(len(axis) if isinstance(axis, list) else math.inf for axis in varied.values())
+    rng, tried, drawn, seeds = random.Random(seed), set[Point](), list[list[Point]](), axes.get(SEED, [None])
+    total = math.prod(len(axis) if isinstance(axis, list) else math.inf for key, axis in axes.items() if key != SEED)
     for _ in range(1000 * sample):
         if len(drawn) == sample or len(tried) == total:
             break
-        values = {key: axis.draw(rng) if isinstance(axis, Range) else rng.choice(axis) for key, axis in varied.items()}
-        if (code := json.dumps(values)) not in tried:
-            tried.add(code)
-            repeats = [values | {SEED: each} for each in axes[SEED]] if SEED in axes else [values]  # type: ignore
-            grids = [{key: [repeat[key]] for key in axes} for repeat in repeats]
-            kept = [grid for grid in grids if not is_excluded(swept_of(grid, (0,) * len(grid)), exclude)]
+        values = [axis.draw(rng) if isinstance(axis, Range) else rng.choice(axis) for axis in axes.values()]
+        repeats = [[each if key == SEED else value for key, value in zip(axes, values)] for each in seeds]  # type: ignore
+        points = [tuple(map(json.dumps, repeat)) for repeat in repeats]
+        if points[0] not in tried:
+            tried.add(points[0])
+            kept = [point for point in points if not is_excluded(swept_of(axes, point), exclude)]
             drawn += [kept] if kept else []
     if 0 < len(drawn) < sample:
         print(f"sample: there are only {len(drawn)} points, all of them are taken")
-    points = [{key: json.dumps(values[0]) for key, values in grid.items()} for kept in drawn for grid in kept]
-    codes = {key: [*dict.fromkeys(point[key] for point in points)] for key in axes}
-    indices = [tuple(codes[key].index(point[key]) for key in axes) for point in points]
-    return {key: [*map(json.loads, codes[key])] for key in axes}, indices
+    return [point for kept in drawn for point in kept]

@@ -18,7 +18,7 @@ import yaml
 
 from mnist_cnn.run.errors import UNSERIALIZABLE, UserError, explain, set_parsing
 from mnist_cnn.run.folder import flatten
-from mnist_cnn.sweeps.axes import Point, swept_of
+from mnist_cnn.sweeps.axes import Point
 from mnist_cnn.sweeps.ledger import Config, changes
 
 
@@ -48,10 +48,9 @@ def swept_labels(swept: list[dict[str, Any]]) -> list[dict[str, str]]:
     return [{names[key]: shown[key][json.dumps(value)] for key, value in settings.items()} for settings in swept]
 
 
-def run_names(existing: Iterable[str], grid: dict[str, list[Any]], points: list[Point]) -> list[str]:
-    """A name for each point of a grid, like `000-l1_chan=4-lr=0.1`; existing runs, all in the grid, keep theirs."""
-    shown = swept_labels([swept_of(grid, point) for point in points])
-    names = ["-".join(f"{key}={label}" for key, label in settings.items()) for settings in shown]
+def run_names(existing: Iterable[str], swept: list[dict[str, Any]]) -> list[str]:
+    """A name for each point's settings, like `000-l1_chan=4-lr=0.1`; existing runs, all in the grid, keep theirs."""
+    names = ["-".join(f"{key}={label}" for key, label in settings.items()) for settings in swept_labels(swept)]
     names = [name if len(name) < 150 else f"{name[:140]}~{zlib.crc32(name.encode()):x}" for name in names]
     known = {run.partition("-")[2]: run for run in existing}
     if others := [known[name] for name in known.keys() - names]:
@@ -97,9 +96,8 @@ def print_config(program: str, args: list[str]) -> dict[str, Any]:
     return config
 
 
-def parse(settings: dict[str, Any], point: Point) -> Config:
-    """The complete config of a point, as the program prints it."""
-    swept = swept_of(settings["grid"], point)
+def parse(settings: dict[str, Any], swept: dict[str, Any]) -> Config:
+    """The complete config of a point with these swept settings, as the program prints it."""
     both = settings["fixed"] | swept
     overlays = both.pop("config", None) or []
     files = [*settings["base"], *([overlays] if isinstance(overlays, str) else overlays)]  # the last one wins

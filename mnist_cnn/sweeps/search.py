@@ -5,6 +5,7 @@ so that a stopped search goes on from its folder.
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,12 +72,12 @@ class Search:
             raise UserError(f"a search runs each point once: move {SEED} to fixed")
         points_of(self.axes, exclude, 1)  # checks exclude
         ends = {key: [axis.low, axis.high] if isinstance(axis, Range) else axis for key, axis in self.axes.items()}
-        for key, values in ends.items():
-            for index in range(len(values)):  # beside the first values of the other axes
-                point = tuple(index if key == other else 0 for other in ends)
-                if not is_excluded(swept_of(ends, point), exclude):
-                    parse(settings | {"grid": ends}, point)
         self.choices = {key: dict(zip(labels(values).values(), values)) for key, values in ends.items()}  # of lists
+        first = {key: values[0] for key, values in ends.items()}
+        for point in ({**first, key: value} for key, values in ends.items() for value in values):
+            swept = swept_of(point, tuple(map(json.dumps, point.values())))
+            if not is_excluded(swept, exclude):
+                parse(settings, swept)
 
     def space(self) -> dict[str, Any]:
         """The distribution of each axis."""
@@ -147,12 +148,12 @@ class Search:
                 # A new one, with another seed for each point: in a search that goes on it would begin again.
                 self.study.sampler = build("sampler", sampler, self.settings["seed"] + number)
             trial = self.study.ask(self.space())
-            grid = {key: [self.value(key, suggested)] for key, suggested in trial.params.items()}
-            swept = swept_of(grid, point := (0,) * len(grid))
+            values = [self.value(key, suggested) for key, suggested in trial.params.items()]
+            swept = swept_of(trial.params, tuple(map(json.dumps, values)))
             if items_of(swept) not in tried and not is_excluded(swept, self.settings["exclude"]):
-                name = f"{trial.number:03}-{run_names([], grid, [point])[0].partition('-')[2]}"
+                name = f"{trial.number:03}-{run_names([], [swept])[0].partition('-')[2]}"
                 try:
-                    config = parse(self.settings | {"grid": grid}, point)
+                    config = parse(self.settings, swept)
                 except UserError as error:
                     print(f"left out: {error}", flush=True)
                 else:
