@@ -44,7 +44,7 @@ def search(points: dict[str, float], seed: int) -> list[float]:
     found, root = [], Path(f"search{seed}")
     searching = Search(root, settings)
     searching.open()
-    for name, held in searching.claim():
+    for name, held in searching.claim(print):
         found.append(points[json.dumps(swept_values(root / "configs" / f"{name}.yaml"))])
         (root / name).mkdir()
         (root / name / "metrics.json").write_text(json.dumps({"val/acc": found[-1]}))

@@ -114,7 +114,7 @@ def run_all(sweep: Sweep, display: Display) -> Iterator[Run]:
         display.say(hint)
     gpus = visible_gpus() if sweep.jobs > 1 else []
     free = [gpus[index % len(gpus)] if gpus else None for index in range(sweep.jobs)]  # the GPU of each job
-    claims, jobs = sweep.search.claim() if sweep.search else claim(sweep), list[Job]()
+    claims, jobs = sweep.search.claim(display.say) if sweep.search else claim(sweep), list[Job]()
     while True:
         stopping, claimed = sweep.interrupts or sweep.gave_up, None
         while free and not stopping and (claimed := next(claims, ())):

@@ -7,7 +7,7 @@ so that a stopped search goes on from its folder.
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +98,14 @@ class Search:
             ledger.write_sweep(self.root, self.settings, {})
             self.study, _ = open_study(self.root, self.settings)
             runs = self.tell()
-            return [run.name for run in runs] or self.ask(runs)
+            return [run.name for run in runs] or self.ask(runs, print)
 
     def total(self, runs: list[ledger.Run]) -> int:
         """How many runs the folder will have: those that fail are replaced."""
         wanted = self.settings["sample"] + sum(run.status == "failed" for run in runs)
         return len(runs) if self.is_exhausted else max(len(runs), wanted)
 
-    def claim(self) -> Iterator[tuple[str, Any] | None]:
+    def claim(self, say: Callable[[str], None]) -> Iterator[tuple[str, Any] | None]:
         """Acquires the locks of runs that have not ended, then of new ones; None: wait for those of other processes."""
         while True:
             claimed = None
@@ -113,7 +113,7 @@ class Search:
                 runs = self.tell()
                 names = [run.name for run in runs if run.status in ("pending", "interrupted")]
                 if not names and len(runs) < self.total(runs):
-                    names = self.ask(runs)
+                    names = self.ask(runs, say)
                 for name in names:
                     with contextlib.suppress(Timeout):
                         claimed = name, ledger.lock(self.root, name, timeout=0)
@@ -137,7 +137,7 @@ class Search:
                     self.study.tell(number, run.metrics.get(metric), states[run.status])
         return runs
 
-    def ask(self, runs: list[ledger.Run]) -> list[str]:
+    def ask(self, runs: list[ledger.Run], say: Callable[[str], None]) -> list[str]:
         """Writes the config of a new point; returns the run's name, or [] if all points seem to have been tried."""
         from optuna.trial import TrialState
 
@@ -155,12 +155,12 @@ class Search:
                 try:
                     config = parse(self.settings, swept)
                 except UserError as error:
-                    print(f"left out: {error}", flush=True)
+                    say(f"left out: {error}")
                 else:
                     ledger.write_sweep(self.root, self.settings, {name: ledger.to_yaml(config, swept)})
                     return [name]
             self.study.tell(trial, state=TrialState.FAIL)
-        print(f"search: all {len(runs)} points have been tried", flush=True)
+        say(f"search: all {len(runs)} points have been tried")
         self.is_exhausted = True
         return []
 
