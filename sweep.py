@@ -147,7 +147,8 @@ def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[ledger.Run
     for run in runs:
         if run.status == "failed":
             display.say(f"failed: {run.name}: {run.reason} (see {todo.root / run.name / 'output.log'})")
-    display.say(f"{len(finished)} of {len(runs)} runs are finished: {todo.root / 'results.csv'}")
+    pruned = f", {count} pruned" if (count := sum(run.status == "pruned" for run in runs)) else ""
+    display.say(f"{len(finished)} of {len(runs)} runs are finished{pruned}: {todo.root / 'results.csv'}")
     display.say(f"report: {report(todo.root)}")
     if todo.gave_up:
         raise UserError("stopped because too many runs failed in a row (max_failures): see their logs")

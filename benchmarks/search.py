@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mnist_cnn.sweeps.ledger import read_settings, swept_values
 from mnist_cnn.sweeps.search import Search
 
 REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))  # main.py is there
 RUNS, SEEDS = 40, range(10)
 GRID = read_settings(REPO / "configs")["grid"]
 

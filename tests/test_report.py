@@ -99,8 +99,8 @@ def test_the_page_shows_a_finished_sweep():
         numbers = " ".join(f"{metrics[key]:.4f}" for key in ("val/loss", "val/acc", "test/loss", "test/acc"))
         command = f"python main.py fit --config logs/sweeps/tiny/configs/{name}.yaml"
         assert f"{name[:3]} finished {labels} {numbers} 3 7 {command}" in text
-    # Of the squared deviations, 4 of 13 are within the values of l1_chan: 1 - (4 / 2) / (13 / 3) = 7 / 13.
-    assert "l1_chan 0.54 4: 0.9200 (2) 8: 0.9500 (2) nesterov 0.00 false: 0.9350 (2) true: 0.9350 (2)" in text
+    # Of the ranks' squared deviations, 1 of 5 is within the values of l1_chan: 1 - (1 / 2) / (5 / 3) = 0.7.
+    assert "l1_chan 0.70 4: 0.9200 (2) 8: 0.9500 (2) nesterov 0.00 false: 0.9350 (2) true: 0.9350 (2)" in text
     assert (
         "Sign of overfitting: since step 9, val/loss rose from 2.0000 to 3.0000 while train/loss fell from 0." in text
     )
@@ -191,10 +191,9 @@ def test_points_are_compared_by_the_means_of_their_seeds():
     assert "leads the second by 0.0100 (standard error of the difference: 0.0163)." in text
     assert "val/acc 008 3 8 0.9300 ± 0.0200 004 3 4 0.9200 ± 0.0200 016 2 16 0.7350 ± 0.3323" in text
     assert "l1_chan each point has its own value 4: 0.9200 (1) 8: 0.9300 (1) 16: 0.7350 (1)" in text
-    values = [value for group in accuracies.values() for value in group]
-    within = sum(len(group) * np.var(group) for group in accuracies.values()) / (len(values) - 3)
-    share = within / np.var(values, ddof=1)
-    assert f"seeds {min(1, share):.2f} of the variance of all runs lies between seeds of the same point" in text
+    within = sum(len(ranks) * np.var(ranks) for ranks in ([2, 4, 6], [3, 5, 7], [1, 8])) / (8 - 3)
+    share = within / np.var(range(8), ddof=1)
+    assert f"seeds {min(1, share):.2f} of the variance of all runs' ranks lies between seeds of the same" in text
 
 
 def test_seeds_without_a_finite_metric_and_points_of_one_seed():
@@ -252,10 +251,11 @@ def test_a_mistake_is_reported_in_one_line(args, message, monkeypatch, capfd):
 
 
 def test_explained_variance_is_corrected_for_the_number_of_values():
-    assert explained([11.0, 12.0], [21.0, 22.0], []) == pytest.approx(1 - (1 / 2) / (101 / 3))
-    assert explained([11.0, 21.0], [12.0, 22.0]) == 0  # eta squared would be 1/101
-    assert explained([1.0, 4.0], [2.0, 5.0], [3.0, 6.0]) == 0  # and here 4/17.5
+    assert explained([11.0, 12.0], [21.0, 22.0], []) == pytest.approx(0.7)  # 1 - (1 / 2) / (5 / 3)
+    assert explained([11.0, 21.0], [12.0, 22.0]) == 0  # eta squared would be 1/5
+    assert explained([1.0, 4.0], [2.0, 5.0], [3.0, 6.0]) == 0  # and here 4 / 17.5
     assert explained([1.0, 1.0], [2.0, 2.0]) == 1
+    assert explained([1.0, 2.0, 3.0], [4.0, 5.0, 1e9]) == explained([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
     assert explained([1.0], [2.0], [3.0], []) is None
 
 

@@ -39,8 +39,11 @@ class Repeats:
 
     def show(self, metric: str) -> str:
         """The mean, with the standard deviation if there are several seeds."""
-        mean, deviation = (show_metric(value, metric) for value in (self.mean(metric), self.deviation(metric)))
-        return f"{mean} ± {deviation}" if deviation and metric not in ("epochs", "seconds") else mean
+        mean, deviation = self.mean(metric), self.deviation(metric)
+        shown = show_metric(mean, metric)
+        if math.isnan(deviation) or metric in ("epochs", "seconds"):
+            return shown
+        return f"{shown} ± {f'{deviation:.4f}' if abs(mean) >= 0.001 else show_metric(deviation)}"
 
     def difference(self, other: "Repeats", metric: str) -> tuple[float, float]:
         """The difference of the two means, and its standard error."""

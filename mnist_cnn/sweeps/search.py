@@ -196,7 +196,8 @@ class Reporter(Callback):
     def on_validation_end(self, trainer: Any, *_: Any) -> None:
         if TRIAL not in os.environ or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        if trainer.strategy.broadcast(self.trial is not None and self.prunes(trainer.callback_metrics)):
+        prune = self.trial is not None and self.prunes(trainer.callback_metrics)
+        if trainer.strategy.broadcast(prune and trainer.current_epoch + 1 != trainer.max_epochs):
             raise Pruned(f"after epoch {trainer.current_epoch + 1}")
 
     def prunes(self, metrics: dict[str, Any]) -> bool:
