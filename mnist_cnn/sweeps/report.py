@@ -95,7 +95,7 @@ def values_of_settings(
 
 
 def read_records(file: Path) -> Iterator[Event]:
-    """Reads the events of a TensorBoard file: each is its length in 8 bytes, a checksum of 4, itself, and a checksum of 4.
+    """Reads the events of a TensorBoard file: each is a length of 8 bytes, a checksum of 4, the event, a checksum of 4.
 
     TensorBoard's own reader verifies the checksums in Python: 0.16 s for a run of configs/sweep.yaml, 0.006 s here.
     """
