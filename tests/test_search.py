@@ -9,11 +9,9 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
-from conftest import RUN, metrics_of
-from sweeps import FOREIGN, SWEEP, error_of, grid, rows, settings, statuses, trained
+from sweeps import FOREIGN, SWEEP, error_of, grid, rows, trained
 
 import sweep
-from main import main
 from mnist_cnn.run.errors import UserError
 from mnist_cnn.sweeps.axes import DEFAULTS, Range, points_of, read_axes, swept_of
 
@@ -99,25 +97,6 @@ def test_a_sample_is_written_and_checked_before_the_first_run(foreign, capfd):
     assert not trained()
 
 
-def test_a_search_goes_on_from_its_folder_as_if_it_had_not_stopped(foreign, capfd):
-    assert sweep.main([*SEARCH, *AXES, "--sample=5"]) == 0
-    undisturbed = [{**row, "seconds": ""} for row in rows()]
-    assert statuses() == ["finished"] * 5
-    assert [trial.value for trial in study().trials] == [float(row["loss"]) for row in rows()]
-    assert [trial.state.name for trial in study().trials] == ["COMPLETE"] * 5
-    page = (SWEEP / "report.html").read_text()
-    assert "Optimization History Plot" in page and "Slice Plot" in page
-    SWEEP.rename("undisturbed")
-    Path("trained.txt").unlink()
-    assert sweep.main([*SEARCH, *AXES, "--sample=3"]) == 0
-    assert "3 of 3 runs are finished" in capfd.readouterr().out
-    assert sweep.main([*SEARCH, *AXES, "--sample=5", "--jobs=2"]) == 0
-    assert len(trained()) == 5
-    assert [{**row, "seconds": ""} for row in rows()][:4] == undisturbed[:4]  # of two jobs the first one knows all
-    assert "sweep.yaml has other settings (seed: 0, now 2)" in error_of(capfd, *SEARCH, *AXES, "--sample=5", "--seed=2")
-    assert len(trained()) == 5
-
-
 NEVER_ABOVE_2 = {"class_path": "optuna.pruners.ThresholdPruner", "init_args": {"upper": 2.0, "n_warmup_steps": 1}}
 
 
@@ -140,23 +119,6 @@ def test_runs_without_promise_are_pruned(foreign, capfd):
     assert cli.trainer.current_epoch == 3
 
 
-def test_a_run_of_a_search_is_rerun_from_its_config(folder):
-    args = settings(folder, grid={"model.optimizer.lr": {"low": 0.01, "high": 0.1}}, search="tpe", sample=1)
-    assert sweep.main([*args, "--pruner=optuna.pruners.MedianPruner"]) == 0
-    (run,) = SWEEP.glob("0*")
-    main(["fit", f"--config={run / 'config.yaml'}"])
-    assert metrics_of(RUN) == metrics_of(run)
-
-
-def test_a_pruner_needs_a_metric_of_validation(foreign, capfd):
-    args = ["--program=foreign:main", "--name=tiny", "--metric=los", "--search=tpe", "--sample=9", "--max_failures=2"]
-    error_of(capfd, *args, *AXES, "--pruner=optuna.pruners.MedianPruner")
-    assert (
-        "a pruner needs los, which validation does not log (did you mean loss?)" in (SWEEP / "report.html").read_text()
-    )
-    assert statuses() == ["failed"] * 2
-
-
 def test_a_search_ends_when_all_points_have_been_tried(foreign, capfd):
     args = [*SEARCH, grid(model__lr=[0.1, 0.2], model__bias=[False, True]), "--sample=20", "--jobs=2"]
     assert sweep.main([*args, '--exclude=[{"model.lr": 0.1, "model.bias": true}]']) == 0
@@ -166,14 +128,6 @@ def test_a_search_ends_when_all_points_have_been_tried(foreign, capfd):
         ("0.2", "true"),
     ]
     assert capfd.readouterr().out.count("search: all 3 points have been tried") == 1
-
-
-def test_runs_that_fail_are_replaced(foreign):
-    assert sweep.main([*SEARCH, grid(model__fault=["exit", None], model__lr=RATE), "--sample=4"]) == 0
-    failed = statuses().count("failed")
-    assert failed > 0 and statuses().count("finished") == 4 == len(rows()) - failed
-    states = [trial.state.name for trial in study().trials]
-    assert (states.count("COMPLETE"), states.count("PRUNED")) == (4, failed)
 
 
 def test_a_class_can_be_searched(foreign):
