@@ -38,6 +38,7 @@ def settings(folder: Path, **changes) -> list[str]:
 def run_tiny(folder: Path) -> str:
     """Runs a sweep of four points and three seeds with both loggers, two runs at a time; returns what it printed."""
     fixed = dict(option.removeprefix("--").split("=") for option in [BASE[2], *SMALL, *SHORT, "--trainer.max_epochs=1"])
+    fixed |= {"test_pictures": None, "histograms": None, "graph": None}
     args = settings(folder, grid=GRID | {"seed_everything": SEEDS}, fixed=fixed)
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
