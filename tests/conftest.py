@@ -28,6 +28,10 @@ sys.argv = ["main.py"]  # LightningCLI warns where both sys.argv and args are gi
 
 from main import main  # noqa: E402
 
+if not torch.cuda.is_available():
+    # A first backward after torch.compile would start a thread for a GPU that is not there; then no fork could train.
+    torch.ones(1, requires_grad=True).backward()
+
 RESUME = "resume with: "  # what comes before the command that resumes a stopped run
 DATA = REPO / "data"
 BASE = ["--config", str(REPO / "configs/base.yaml"), f"--data.data_dir={DATA}"]
