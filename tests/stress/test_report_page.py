@@ -46,7 +46,7 @@ def test_plots_and_pictures_are_drawn(page):
     assert all(plot.find_elements("css selector", "svg.main-svg") for plot in (losses, parallel, curves))
     assert "train/loss" in losses.text and "val/loss" in losses.text
     shares = [float(meter.get_property("value")) for meter in page.find_elements("css selector", "meter")]
-    assert shares == pytest.approx([7 / 13, 0], abs=1e-6)  # l1_chan, nesterov
+    assert shares == pytest.approx([0.7, 0], abs=1e-6)  # l1_chan, nesterov
     assert all(text in parallel.text for text in ("l1_chan", "nesterov", "val/acc", "true", "false"))
     lines = curves.find_elements("css selector", ".cartesianlayer path.js-line")
     assert len(lines) == 4

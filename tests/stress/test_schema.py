@@ -10,8 +10,9 @@ import pytest
 import yaml
 from conftest import REPO, printed_config
 from jsonschema import Draft202012Validator
+from test_cli import GRIDS
 
-CONFIGS = [path for path in sorted((REPO / "configs").glob("*.yaml")) if not path.stem.endswith("sweep")]
+CONFIGS = [path for path in sorted((REPO / "configs").glob("*.yaml")) if path.name not in GRIDS]
 
 
 @pytest.fixture(scope="module")
