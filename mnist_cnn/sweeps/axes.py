@@ -122,7 +122,7 @@ def items_of(settings: dict[str, Any]) -> set[tuple[str, str]]:
 
 def is_excluded(settings: dict[str, Any], exclude: list[dict[str, Any]]) -> bool:
     """Whether an item of `exclude` has only settings that these are."""
-    items = items_of(settings) if exclude else set()
+    items = items_of(settings)
     return any(items_of(part) <= items for part in exclude)
 
 
@@ -150,7 +150,8 @@ def points_of(axes: Axes, exclude: list[dict[str, Any]], sample: int | None = No
         raise UserError(f"grid: {endless[0]} has too many values to list: set sample, or give the range a larger step")
     else:
         points = [*itertools.product(*codes.values())]
-        points = [point for point in points if not is_excluded(swept_of(axes, point), exclude)]
+        if exclude:  # reading the settings of each point takes time
+            points = [point for point in points if not is_excluded(swept_of(axes, point), exclude)]
     if not points:
         raise UserError("exclude leaves no point of the grid")
     return points

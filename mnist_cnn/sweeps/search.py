@@ -74,9 +74,9 @@ class Search:
         ends = {key: [axis.low, axis.high] if isinstance(axis, Range) else axis for key, axis in self.axes.items()}
         self.choices = {key: dict(zip(labels(values).values(), values)) for key, values in ends.items()}  # of lists
         first = {key: values[0] for key, values in ends.items()}
-        for point in ({**first, key: value} for key, values in ends.items() for value in values):
-            swept = swept_of(point, tuple(map(json.dumps, point.values())))
-            if not is_excluded(swept, exclude):
+        changed = ({**first, key: value} for key, values in ends.items() for value in values)
+        for point in dict.fromkeys(tuple(map(json.dumps, each.values())) for each in changed):
+            if not is_excluded(swept := swept_of(ends, point), exclude):
                 parse(settings, swept)
 
     def space(self) -> dict[str, Any]:
@@ -142,12 +142,13 @@ class Search:
         from optuna.trial import TrialState
 
         tried, number = [items_of(run.swept) for run in runs], len(self.study.get_trials(False))
+        space = self.space()
         for attempt in range(200):
             if attempt in (0, 20):  # after 20 suggestions of known points, random ones
                 sampler = "optuna.samplers.RandomSampler" if attempt else self.settings["sampler"]
                 # A new one, with another seed for each point: in a search that goes on it would begin again.
                 self.study.sampler = build("sampler", sampler, self.settings["seed"] + number)
-            trial = self.study.ask(self.space())
+            trial = self.study.ask(space)
             values = [self.value(key, suggested) for key, suggested in trial.params.items()]
             swept = swept_of(trial.params, tuple(map(json.dumps, values)))
             if items_of(swept) not in tried and not is_excluded(swept, self.settings["exclude"]):
