@@ -4,6 +4,7 @@ Its folder, logs/sweeps/NAME, holds its state: the same command continues a stop
 """
 
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from mnist_cnn.run.errors import Parser, UserError, fail
 from mnist_cnn.sweeps import ledger, local
 from mnist_cnn.sweeps import slurm as cluster
-from mnist_cnn.sweeps.axes import flat_keys, points_of, read_axes, swept_of
+from mnist_cnn.sweeps.axes import flat_keys, points_of, read_axes
 from mnist_cnn.sweeps.display import Display
 from mnist_cnn.sweeps.grid import complete_configs, parse, run_names
 from mnist_cnn.sweeps.points import Repeats, compare, has_seeds, rank, write_points
@@ -109,17 +110,15 @@ def sweep(
 
 def write_configs(root: Path, settings: dict[str, Any], files: list[Path], limit: int | None) -> list[str]:
     """Checks the complete configs of all points, writes those that do not exist yet, and returns the runs' names."""
-    axes = read_axes(settings["grid"])
-    points = points_of(axes, settings["exclude"], settings["sample"], settings["seed"])
-    configs = complete_configs(lambda point: parse(settings, swept_of(axes, point)), points[:limit])
+    points = points_of(read_axes(settings["grid"]), settings["exclude"], settings["sample"], settings["seed"])
+    configs = complete_configs(functools.partial(parse, settings), points[:limit])
     with ledger.lock(root, "sweep"):
         if files:  # perhaps those of a sweep, whose base, grid and fixed stay in sweep.yaml
             settings |= ledger.read_settings(root) | {key: settings[key] for key in ("program", "metric", "mode")}
-            names, swept = [file.stem for file in files], [ledger.swept_values(file) for file in files]
+            names, points = [file.stem for file in files], [ledger.swept_values(file) for file in files]
         else:
-            swept = [swept_of(axes, point) for point in points]
-            names = run_names((path.stem for path in (root / "configs").glob("*.yaml")), swept)
-        contents = {name: ledger.to_yaml(config, values) for name, config, values in zip(names, configs, swept)}
+            names = run_names((path.stem for path in (root / "configs").glob("*.yaml")), points)
+        contents = {name: ledger.to_yaml(config, point) for name, config, point in zip(names, configs, points)}
         ledger.write_sweep(root, settings, contents)
     return sorted(contents)
 

@@ -16,7 +16,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from mnist_cnn.sweeps.axes import points_of, swept_of
+from mnist_cnn.sweeps.axes import points_of
 from mnist_cnn.sweeps.ledger import read_settings, swept_values
 from mnist_cnn.sweeps.search import Search
 
@@ -35,7 +35,7 @@ def read_points() -> dict[str, float]:
 
 def random_sample(points: dict[str, float], seed: int) -> list[float]:
     """The results of a sample."""
-    return [points[json.dumps(swept_of(GRID, point))] for point in points_of(GRID, [], RUNS, seed)]
+    return [points[json.dumps(point)] for point in points_of(GRID, [], RUNS, seed)]
 
 
 def search(points: dict[str, float], seed: int) -> list[float]:

@@ -13,7 +13,7 @@ from sweeps import FOREIGN, SWEEP, error_of, grid, rows, trained
 
 import sweep
 from mnist_cnn.run.errors import UserError
-from mnist_cnn.sweeps.axes import DEFAULTS, Range, points_of, read_axes, swept_of
+from mnist_cnn.sweeps.axes import DEFAULTS, Range, points_of, read_axes
 
 RATE = {"low": 0.001, "high": 0.5, "log": True}
 SEARCH = [*FOREIGN, "--search=tpe", "--fixed.seed_everything=1"]
@@ -23,10 +23,6 @@ AXES = [grid(model__lr=RATE, model__bias=[False, True], data__batch_size={"low":
 def study() -> optuna.Study:
     journal = optuna.storages.journal.JournalFileBackend(str(SWEEP / "optuna.log"))
     return optuna.load_study(study_name="sweep", storage=optuna.storages.JournalStorage(journal))
-
-
-def points(axes: dict, *args) -> list[dict]:
-    return [swept_of(axes, point) for point in points_of(axes, *args)]
 
 
 def test_the_numbers_of_a_range():
@@ -46,9 +42,9 @@ def test_the_numbers_of_a_range():
 
 def test_points_are_drawn_uniformly_within_their_ranges_and_by_the_seed():
     axes = {"a": Range(0.0, 1.0), "b": Range(0.001, 10.0, log=True), "c": Range(1, 1000, 1, log=True), "d": ["x", None]}
-    drawn = points(axes, [], 1000, 0)
-    assert len(drawn) == 1000 and drawn == points(axes, [], 1000, 0) != points(axes, [], 1000, 1)
-    assert drawn[:10] == points(axes, [], 10, 0)  # a larger sample begins with the points of a smaller one
+    drawn = points_of(axes, [], 1000, 0)
+    assert len(drawn) == 1000 and drawn == points_of(axes, [], 1000, 0) != points_of(axes, [], 1000, 1)
+    assert drawn[:10] == points_of(axes, [], 10, 0)  # a larger sample begins with the points of a smaller one
     expected = {
         "a": lambda value: value < 0.5,
         "b": lambda value: value < 0.1,
@@ -64,21 +60,21 @@ def test_points_are_drawn_uniformly_within_their_ranges_and_by_the_seed():
 def test_a_sample_of_a_grid_repeats_no_point_and_has_all_seeds(capfd):
     axes = {"a": list(range(10)), "seed_everything": [1, 2, 3], "b": Range(1, 3, 1)}
     exclude = [{"a": value} for value in range(7)]
-    drawn = points(axes, exclude, 4, 0)
+    drawn = points_of(axes, exclude, 4, 0)
     assert len({json.dumps(point) for point in drawn}) == len(drawn) == 12
     assert len({(point["a"], point["b"]) for point in drawn}) == 4 and {point["a"] for point in drawn} <= {7, 8, 9}
     assert capfd.readouterr().out == ""
-    assert len(points(axes, exclude, 10, 0)) == 27
-    assert len(points(axes, [*exclude, {"a": 8, "seed_everything": 2}], 10, 0)) == 24
+    assert len(points_of(axes, exclude, 10, 0)) == 27
+    assert len(points_of(axes, [*exclude, {"a": 8, "seed_everything": 2}], 10, 0)) == 24
     assert capfd.readouterr().out == 2 * "sample: there are only 9 points, all of them are taken\n"
 
 
 def test_an_item_of_exclude_need_not_be_drawn(capfd):
     axes = {key: list(range(10)) for key in "abcd"}
-    assert len(points(axes, [{"a": 1, "b": 2, "c": 3}], 5, 0)) == 5
-    assert len(points(axes, [{"a": value} for value in range(9)], 50, 0)) == 50
+    assert len(points_of(axes, [{"a": 1, "b": 2, "c": 3}], 5, 0)) == 5
+    assert len(points_of(axes, [{"a": value} for value in range(9)], 50, 0)) == 50
     with pytest.raises(UserError, match="exclude: no point of the grid has"):
-        points(axes, [{"a": 10}], 5, 0)
+        points_of(axes, [{"a": 10}], 5, 0)
     assert capfd.readouterr().out == ""
 
 

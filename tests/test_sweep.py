@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import sweep
 from main import main
-from mnist_cnn.sweeps.axes import points_of, swept_of
+from mnist_cnn.sweeps.axes import points_of
 from mnist_cnn.sweeps.grid import complete_configs, labels, parse, run_names, short_names
 from mnist_cnn.sweeps.local import Sweep, idle
 
@@ -185,9 +185,9 @@ def test_combined_configs_are_what_the_parser_makes_of_each_combination(axes, fo
     Path("over.yaml").write_text("trainer: {max_epochs: 7, limit_val_batches: 3}\nmodel: {init_args: {net: CNN}}\n")
     swept = {"program": "main:main", "base": [BASE[1]], "fixed": {"trainer.min_epochs": 1}}
     points = points_of(axes, [])
-    parse_once = functools.cache(lambda point: parse(swept, swept_of(axes, point)))
-    for point, config in zip(points, complete_configs(parse_once, points)):
-        assert repr(sorted(config.items())) == repr(sorted(parse_once(point).items()))
+    parse_json = functools.cache(lambda code: parse(swept, json.loads(code)))
+    for point, config in zip(points, complete_configs(lambda point: parse_json(json.dumps(point)), points)):
+        assert repr(sorted(config.items())) == repr(sorted(parse_json(json.dumps(point)).items()))
 
 
 def test_pairs_vary_together_and_excluded_points_are_left_out(folder, capfd):
@@ -243,21 +243,26 @@ def test_each_value_of_an_independent_axis_is_parsed_once():
     parsed = []
 
     def parse(point):
-        parsed.append(point)
-        return {("a",): point[0], ("b", "c"): point[1], ("d",): point[2]}
+        parsed.append(tuple(point.values()))
+        return {("a",): point["x"], ("b", "c"): point["y"], ("d",): point["z"]}
 
-    points = list(itertools.product(range(2), range(3), range(50)))
+    points = [dict(zip("xyz", values)) for values in itertools.product(range(2), range(3), range(50))]
     assert complete_configs(parse, points) == [parse(point) for point in points]
     alone = [(1, 0, 0), (0, 1, 0), (0, 2, 0), *((0, 0, index) for index in range(1, 50))]
     assert parsed[:53] == [(0, 0, 0), *alone] and 54 < len(parsed) - len(points) <= 57  # and up to four for comparison
 
 
 def test_axes_that_act_on_each_other_are_parsed_in_all_combinations():
-    points = list(itertools.product(range(2), range(2), range(2)))
-    hidden = {point: {("a",): int(all(point))} for point in points}  # changes with all three only
-    assert complete_configs(hidden.__getitem__, points) == list(hidden.values())
-    nested = {point: {("a",): {}} if point[0] else {("a", "b"): point[1]} for point in points}
-    assert complete_configs(nested.__getitem__, points) == list(nested.values())
+    points = [dict(zip("xyz", values)) for values in itertools.product(range(2), range(2), range(2))]
+
+    def hidden(point):  # changes with all three only
+        return {("a",): int(all(point.values()))}
+
+    def nested(point):
+        return {("a",): {}} if point["x"] else {("a", "b"): point["y"]}
+
+    assert complete_configs(hidden, points) == list(map(hidden, points))
+    assert complete_configs(nested, points) == list(map(nested, points))
 
 
 def test_a_dry_run_writes_configs_prints_the_runs_and_trains_nothing(foreign, capfd):

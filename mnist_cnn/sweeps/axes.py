@@ -1,11 +1,13 @@
-"""The axes of a grid, and its points: all combinations of their values, or some of them that a seed draws."""
+"""The axes of a grid, and its points: all combinations of their values, or some of them that a seed draws.
+
+A point is its settings, key -> value. An axis `a, b` varies two of them.
+"""
 
 import itertools
 import json
 import math
 import random
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,24 +15,17 @@ from mnist_cnn.run.errors import UserError, nearest
 from mnist_cnn.run.folder import flatten
 
 SEED = "seed_everything"
-Point = tuple[str, ...]  # the JSON of each axis's value
+Settings = dict[str, Any]  # key -> value
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from low to high, both included; integers if both are.
-
-    Args:
-        low: The lowest number.
-        high: The highest number.
-        step: The distance of two numbers; 0: any number.
-        log: Uniform in the logarithm.
-    """
+    """Numbers from low to high, both included; integers if both are."""
 
     low: float
     high: float
-    step: float = 0
-    log: bool = False
+    step: float = 0  # the distance of two numbers; 0: any number
+    log: bool = False  # uniform in the logarithm
 
     @property
     def is_integer(self) -> bool:
@@ -106,38 +101,30 @@ def read_range(name: str, content: dict[str, Any]) -> Range:
     return Range(low, low + step * math.floor((high - low) / step + 1e-9) if step else high, step, log)
 
 
-def swept_of(axes: Iterable[str], point: Point) -> dict[str, Any]:
-    """The settings of a point: key -> value. An axis `a, b` varies two keys, its values are pairs."""
-    swept: dict[str, Any] = {}
-    for axis, code in zip(axes, point):
-        keys, value = axis.split(", "), json.loads(code)
-        swept |= zip(keys, value if len(keys) > 1 else [value])
-    return swept
+def point_of(values: dict[str, Any]) -> Settings:
+    """The settings of a point with these values of the axes."""
+    point: Settings = {}
+    for axis, value in values.items():
+        keys = axis.split(", ")
+        point |= zip(keys, value if len(keys) > 1 else [value])
+    return point
 
 
-def items_of(settings: dict[str, Any]) -> set[tuple[str, str]]:
+def items_of(settings: Settings) -> set[tuple[str, str]]:
     """The settings, and those within them, as pairs of key and JSON."""
     return {(".".join(path), json.dumps(value)) for path, value in flatten(settings).items()}
 
 
-def is_excluded(settings: dict[str, Any], exclude: list[dict[str, Any]]) -> bool:
-    """Whether an item of `exclude` has only settings that these are."""
-    items = items_of(settings)
+def is_excluded(point: Settings, exclude: list[Settings]) -> bool:
+    """Whether a point has all settings of an item of `exclude`."""
+    items = items_of(point)
     return any(items_of(part) <= items for part in exclude)
 
 
-def points_of(axes: Axes, exclude: list[dict[str, Any]], sample: int | None = None, seed: int = 0) -> list[Point]:
-    """The points that are not excluded: all of a grid, or a sample.
-
-    Args:
-        axes: Key -> list or range.
-        exclude: Settings, key -> value.
-        sample: How many points are drawn, each repeated with all values of seed_everything; None: all.
-        seed: Decides which are drawn; the first ones are the same for every `sample`.
-    """
+def points_of(axes: Axes, exclude: list[Settings], sample: int | None = None, seed: int = 0) -> list[Settings]:
+    """The points that are not excluded: all of a grid, or a sample of them, each with all values of seed_everything."""
     lists = {key: axis.numbers() if isinstance(axis, Range) else axis for key, axis in axes.items()}
-    codes = {key: [*map(json.dumps, values)] for key, values in lists.items()}
-    known = {item for key in codes for code in codes[key] for item in items_of(swept_of([key], (code,)))}
+    known = {item for key, values in lists.items() for value in values for item in items_of(point_of({key: value}))}
     for part in exclude:
         if not items_of(part) <= known:
             keys = [key for axis in axes for key in axis.split(", ")]
@@ -146,30 +133,29 @@ def points_of(axes: Axes, exclude: list[dict[str, Any]], sample: int | None = No
     if sample:
         uniform = {key: lists[key] or axis for key, axis in axes.items() if not (isinstance(axis, Range) and axis.log)}
         points = draw(axes | uniform, exclude, sample, seed)
-    elif endless := [key for key in codes if not codes[key]]:
+    elif endless := [key for key, values in lists.items() if not values]:
         raise UserError(f"grid: {endless[0]} has too many values to list: set sample, or give the range a larger step")
     else:
-        points = [*itertools.product(*codes.values())]
-        if exclude:  # reading the settings of each point takes time
-            points = [point for point in points if not is_excluded(swept_of(axes, point), exclude)]
+        points = [point_of(dict(zip(lists, values))) for values in itertools.product(*lists.values())]
+        points = [point for point in points if not is_excluded(point, exclude)]
     if not points:
         raise UserError("exclude leaves no point of the grid")
     return points
 
 
-def draw(axes: Axes, exclude: list[dict[str, Any]], sample: int, seed: int) -> list[Point]:
-    """Draws a sample, see points_of; uniform ranges are lists if they can be listed."""
-    rng, tried, drawn, seeds = random.Random(seed), set[Point](), list[list[Point]](), axes.get(SEED, [None])
+def draw(axes: Axes, exclude: list[Settings], sample: int, seed: int) -> list[Settings]:
+    """Draws a sample, see points_of; a smaller one is its beginning. Uniform ranges are lists if they can be listed."""
+    rng, tried, drawn, seeds = random.Random(seed), set[str](), list[list[Settings]](), axes.get(SEED, [])
     total = math.prod(len(axis) if isinstance(axis, list) else math.inf for key, axis in axes.items() if key != SEED)
     for _ in range(1000 * sample):
         if len(drawn) == sample or len(tried) == total:
             break
-        values = [axis.draw(rng) if isinstance(axis, Range) else rng.choice(axis) for axis in axes.values()]
-        repeats = [[each if key == SEED else value for key, value in zip(axes, values)] for each in seeds]  # type: ignore
-        points = [tuple(map(json.dumps, repeat)) for repeat in repeats]
-        if points[0] not in tried:
-            tried.add(points[0])
-            kept = [point for point in points if not is_excluded(swept_of(axes, point), exclude)]
+        values = {key: axis.draw(rng) if isinstance(axis, Range) else rng.choice(axis) for key, axis in axes.items()}
+        point = point_of(values)
+        repeats = [point | {SEED: each} for each in seeds] or [point]  # type: ignore[union-attr]
+        if (code := json.dumps(repeats[0])) not in tried:
+            tried.add(code)
+            kept = [repeat for repeat in repeats if not is_excluded(repeat, exclude)]
             drawn += [kept] if kept else []
     if 0 < len(drawn) < sample:
         print(f"sample: there are only {len(drawn)} points, all of them are taken")

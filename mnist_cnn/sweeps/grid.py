@@ -18,7 +18,7 @@ import yaml
 
 from mnist_cnn.run.errors import UNSERIALIZABLE, UserError, explain, set_parsing
 from mnist_cnn.run.folder import flatten
-from mnist_cnn.sweeps.axes import Point
+from mnist_cnn.sweeps.axes import Settings
 from mnist_cnn.sweeps.ledger import Config, changes
 
 
@@ -114,38 +114,39 @@ def parse(settings: dict[str, Any], swept: dict[str, Any]) -> Config:
     return {path: value for path, value in flatten(config).items() if not str(value).startswith(UNSERIALIZABLE)}
 
 
-def complete_configs(parse: Callable[[Point], Config], points: list[Point]) -> list[Config]:
+def complete_configs(parse: Callable[[Settings], Config], points: list[Settings]) -> list[Config]:
     """The complete config of each point of a grid, from far fewer calls of the program's parser.
 
-    Each value is parsed once, beside the first point's values of the other axes, and changes the same keys in all
-    configs. Axes that change the same keys are parsed in all combinations. If one of a few samples is wrong, or a
-    combination that is no point of the grid cannot be parsed, every point is parsed.
+    Each value is parsed once, beside the first point's other values, and changes the same keys in all configs. Settings
+    that change the same keys are parsed in all combinations. If one of a few samples is wrong, or a combination that is
+    no point of the grid cannot be parsed, every point is parsed.
     """
-    parse, axes = functools.cache(parse), range(len(points[0]))
-    if sum(len({point[axis] for point in points}) for axis in axes) > len(points):  # drawn from ranges
+    keys, known = list(points[0]), set(map(json.dumps, points))
+    if sum(len({json.dumps(point[key]) for point in points}) for key in keys) > len(points):  # drawn from ranges
         return [parse(point) for point in points]
-    first, known = parse(points[0]), set(points)
+    parse_json = functools.cache(lambda code: parse(json.loads(code)))
+    first = parse_json(json.dumps(points[0]))
 
-    def changed(point: Point, group: set[int]) -> Config:  # with the first point's values of the other axes
-        mixed = tuple(index if axis in group else points[0][axis] for axis, index in enumerate(point))
+    def changed(point: Settings, group: list[str]) -> Config:  # with the first point's other values
+        mixed = json.dumps(points[0] | {key: point[key] for key in group})
         try:
-            return changes(first, parse(mixed))
+            return changes(first, parse_json(mixed))
         except UserError as error:
             if mixed in known:
                 raise
             raise KeyError(mixed) from error
 
-    def combine(point: Point, groups: list[set[int]]) -> Config:
+    def combine(point: Settings, groups: list[list[str]]) -> Config:
         config = first | {path: value for group in groups for path, value in changed(point, group).items()}
         return {path: value for path, value in config.items() if value is not ...}
 
     try:
-        paths = [{path for point in points for path in changed(point, {axis})} for axis in axes]
-        related = {axis for axis, other in itertools.permutations(axes, 2) if paths[axis] & paths[other]}
-        groups = [related, *({axis} for axis in axes if axis not in related)]
+        paths = {key: {path for point in points for path in changed(point, [key])} for key in keys}
+        related = [key for key in keys if any(paths[key] & paths[other] for other in keys if other != key)]
+        groups = [related, *([key] for key in keys if key not in related)]
         samples = [*points[:: len(points) // 3 + 1], points[-1]]
-        if all(changes(combine(point, groups), parse(point)) == {} for point in samples):
+        if all(changes(combine(point, groups), parse_json(json.dumps(point))) == {} for point in samples):
             return [combine(point, groups) for point in points]
     except KeyError:  # a combination that is no point
         pass
-    return [parse(point) for point in points]
+    return [parse_json(json.dumps(point)) for point in points]

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 
 from mnist_cnn.run.errors import Parser, UserError, nearest
 from mnist_cnn.sweeps import ledger
-from mnist_cnn.sweeps.axes import SEED, Range, is_excluded, items_of, points_of, read_axes, swept_of
+from mnist_cnn.sweeps.axes import SEED, Range, Settings, is_excluded, items_of, point_of, points_of, read_axes
 from mnist_cnn.sweeps.grid import labels, parse, run_names
 
 TRIAL = "SWEEP_TRIAL"  # the environment variable that names the folder of a run that Optuna may prune
@@ -74,10 +74,10 @@ class Search:
         ends = {key: [axis.low, axis.high] if isinstance(axis, Range) else axis for key, axis in self.axes.items()}
         self.choices = {key: dict(zip(labels(values).values(), values)) for key, values in ends.items()}  # of lists
         first = {key: values[0] for key, values in ends.items()}
-        changed = ({**first, key: value} for key, values in ends.items() for value in values)
-        for point in dict.fromkeys(tuple(map(json.dumps, each.values())) for each in changed):
-            if not is_excluded(swept := swept_of(ends, point), exclude):
-                parse(settings, swept)
+        changed = (point_of(first | {key: value}) for key, values in ends.items() for value in values)
+        for code in dict.fromkeys(map(json.dumps, changed)):
+            if not is_excluded(point := json.loads(code), exclude):
+                parse(settings, point)
 
     def space(self) -> dict[str, Any]:
         """The distribution of each axis."""
@@ -149,26 +149,27 @@ class Search:
                 # A new one, with another seed for each point: in a search that goes on it would begin again.
                 self.study.sampler = build("sampler", sampler, self.settings["seed"] + number)
             trial = self.study.ask(space)
-            values = [self.value(key, suggested) for key, suggested in trial.params.items()]
-            swept = swept_of(trial.params, tuple(map(json.dumps, values)))
-            if items_of(swept) not in tried and not is_excluded(swept, self.settings["exclude"]):
-                name = f"{trial.number:03}-{run_names([], [swept])[0].partition('-')[2]}"
+            point = self.point(trial.params)
+            if items_of(point) not in tried and not is_excluded(point, self.settings["exclude"]):
+                name = f"{trial.number:03}-{run_names([], [point])[0].partition('-')[2]}"
                 try:
-                    config = parse(self.settings, swept)
+                    config = parse(self.settings, point)
                 except UserError as error:
                     say(f"left out: {error}")
                 else:
-                    ledger.write_sweep(self.root, self.settings, {name: ledger.to_yaml(config, swept)})
+                    ledger.write_sweep(self.root, self.settings, {name: ledger.to_yaml(config, point)})
                     return [name]
             self.study.tell(trial, state=TrialState.FAIL)
         say(f"search: all {len(runs)} points have been tried")
         self.is_exhausted = True
         return []
 
-    def value(self, key: str, suggested: Any) -> Any:
-        """The value that a suggestion means."""
-        axis = self.axes[key]
-        return axis.closest(suggested) if isinstance(axis, Range) else self.choices[key][suggested]
+    def point(self, suggested: dict[str, Any]) -> Settings:
+        """The point that a suggestion means."""
+        values = {}
+        for key, axis in self.axes.items():
+            values[key] = axis.closest(suggested[key]) if isinstance(axis, Range) else self.choices[key][suggested[key]]
+        return point_of(values)
 
 
 class Reporter(Callback):
