@@ -60,8 +60,7 @@ def rank(runs: list[Run], metric: str, mode: str) -> list[Repeats]:
     for run in sorted(runs, key=lambda run: (sign * run.metrics.get(metric, sign * math.inf), run.name)):
         others = json.dumps({key: value for key, value in run.swept.items() if key != SEED})
         points.setdefault(others if SEED in run.swept else run.name, Repeats([])).runs.append(run)
-    means = {id(point): sign * point.mean(metric) for point in points.values()}
-    return sorted(points.values(), key=lambda point: (math.isnan(means[id(point)]), means[id(point)]))
+    return sorted(points.values(), key=lambda point: (math.isnan(mean := sign * point.mean(metric)), mean))
 
 
 def has_seeds(points: list[Repeats]) -> bool:

@@ -26,6 +26,7 @@ from mnist_cnn.sweeps.search import open_study
 
 LAYOUT = {"template": "plotly_white", "height": 500, "margin_t": 80}
 Curve = dict[int, float]  # step -> value
+Labels = dict[str, dict[str, str]]  # run -> setting -> label of its value
 
 
 def report(folder: Path) -> Path:
@@ -82,9 +83,7 @@ def report(folder: Path) -> Path:
     return folder / "report.html"
 
 
-def values_of_settings(
-    points: list[Repeats], labels: dict[str, dict[str, str]], metric: str
-) -> dict[str, dict[str, list[float]]]:
+def values_of_settings(points: list[Repeats], labels: Labels, metric: str) -> dict[str, dict[str, list[float]]]:
     """Setting -> label of its value -> mean metric of each point that has it; without the seeds."""
     groups: dict[str, dict[str, list[float]]] = {}
     for point in sorted(points, key=lambda point: point.runs[0].name):
@@ -158,7 +157,7 @@ def explained(*groups: list[float]) -> float | None:
     return max(0.0, float(1 - within / np.var(ranks, ddof=1))) if len(counts) > 1 else 0.0
 
 
-def draw_parallel(runs: list[Run], labels: dict[str, dict[str, str]], metric: str, mode: str) -> go.Figure:
+def draw_parallel(runs: list[Run], labels: Labels, metric: str, mode: str) -> go.Figure:
     """Draws runs, in the order of the grid, as lines through their metric and settings; the best one is darkest.
 
     The runs lie side by side, in the order of the metric: on its axis, and at each value of a setting.
