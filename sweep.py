@@ -97,11 +97,11 @@ def sweep(
     settings |= {"program": program}
     # Points and their complete configs, all checked before anything is written.
     print(f"checking the configs; a {'higher' if mode == 'max' else 'lower'} {metric} is better", flush=True)
-    searching = Search(root, settings) if search else None
-    names = searching.open() if searching else write_configs(root, settings, files, limit)
     display = Display(metric, mode)
+    searching = Search(root, settings, display.say) if search else None
+    names = searching.open() if searching else write_configs(root, settings, files, limit)
     if dry_run:
-        return print_runs(root, names, display)
+        return print_status(root)
     # Runs, each in a process of its own; results.csv after each; the table and the report at the end.
     todo = local.Sweep(root, names, program, metric, jobs, searching)
     ended = cluster.run_all(todo, display, slurm) if launcher == "slurm" else local.run_all(todo, display)
@@ -136,8 +136,6 @@ def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[ledger.Run
         display.update(points, ended, total)
         failures = failures + 1 if ended and ended.status == "failed" else 0
         todo.gave_up |= failures >= max_failures
-    if todo.search:
-        todo.search.tell()
     finished = [run for run in runs if run.status == "finished"]
     display.print_table([point for point in points if point.runs[0].status == "finished"][:20])
     if finished and has_seeds(points):
@@ -156,13 +154,6 @@ def execute(todo: local.Sweep, display: Display, ended_runs: Iterator[ledger.Run
         return 130
     done = ("finished", "pruned", "failed") if todo.search else ("finished", "pruned")  # a search replaces failed runs
     return int(any(run.status not in done for run in runs))
-
-
-def print_runs(root: Path, names: list[str], display: Display) -> int:
-    """Prints the first runs of a sweep, and where their configs are."""
-    display.print_table([Repeats([ledger.read_run(root, name, display.metric)]) for name in names[:100]])
-    display.say(f"{len(names)} runs: {root / 'configs'}")
-    return 0
 
 
 def print_status(root: Path) -> int:

@@ -44,13 +44,14 @@ def search(points: dict[str, float], seed: int) -> list[float]:
     settings |= {"search": "tpe", "sampler": None, "pruner": None, "sample": RUNS, "seed": seed}
     settings |= {"metric": "val/acc", "mode": "max", "program": "main:main"}
     found, root = [], Path(f"search{seed}")
-    searching = Search(root, settings)
-    searching.open()
-    for name, held in searching.claim(print):
+    searching = Search(root, settings, print)
+    names = searching.open()
+    while names:
+        (name,) = names
         found.append(points[json.dumps(swept_values(root / "configs" / f"{name}.yaml"))])
         (root / name).mkdir()
         (root / name / "metrics.json").write_text(json.dumps({"val/acc": found[-1]}))
-        held.lock.release()
+        names = searching.open_runs()
     return found
 
 

@@ -15,7 +15,7 @@ from mnist_cnn.run.errors import UserError, nearest
 from mnist_cnn.run.folder import flatten
 
 SEED = "seed_everything"
-Settings = dict[str, Any]  # key -> value
+Point = dict[str, Any]  # its settings: key -> value
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,6 @@ class Range:
     high: float
     step: float = 0  # the distance of two numbers; 0: any number
     log: bool = False  # uniform in the logarithm
-
-    @property
-    def is_integer(self) -> bool:
-        """Whether all numbers are integers."""
-        return isinstance(self.low + self.high + self.step, int)
 
     def numbers(self) -> list[float]:
         """All numbers; [] if they are more than 10,000."""
@@ -45,8 +40,10 @@ class Range:
 
     def closest(self, number: float) -> float:
         """The closest number of the range; of six digits, for names and tables, if it has no steps."""
-        number = self.low + self.step * round((number - self.low) / self.step) if self.step else float(f"{number:.6g}")
-        number = int(number) if self.is_integer else float(f"{number:.12g}")  # no 0.30000000000000004
+        if self.step:
+            number = self.low + self.step * round((number - self.low) / self.step)
+        if not isinstance(number, int):
+            number = float(f"{number:.{12 if self.step else 6}g}")  # no 0.30000000000000004
         return min(max(self.low, number), self.high)
 
 
@@ -101,27 +98,27 @@ def read_range(name: str, content: dict[str, Any]) -> Range:
     return Range(low, low + step * math.floor((high - low) / step + 1e-9) if step else high, step, log)
 
 
-def point_of(values: dict[str, Any]) -> Settings:
+def point_of(values: dict[str, Any]) -> Point:
     """The settings of a point with these values of the axes."""
-    point: Settings = {}
+    point: Point = {}
     for axis, value in values.items():
         keys = axis.split(", ")
         point |= zip(keys, value if len(keys) > 1 else [value])
     return point
 
 
-def items_of(settings: Settings) -> set[tuple[str, str]]:
+def items_of(settings: dict[str, Any]) -> set[tuple[str, str]]:
     """The settings, and those within them, as pairs of key and JSON."""
     return {(".".join(path), json.dumps(value)) for path, value in flatten(settings).items()}
 
 
-def is_excluded(point: Settings, exclude: list[Settings]) -> bool:
+def is_excluded(point: Point, exclude: list[Point]) -> bool:
     """Whether a point has all settings of an item of `exclude`."""
     items = items_of(point)
     return any(items_of(part) <= items for part in exclude)
 
 
-def points_of(axes: Axes, exclude: list[Settings], sample: int | None = None, seed: int = 0) -> list[Settings]:
+def points_of(axes: Axes, exclude: list[Point], sample: int | None = None, seed: int = 0) -> list[Point]:
     """The points that are not excluded: all of a grid, or a sample of them, each with all values of seed_everything."""
     lists = {key: axis.numbers() if isinstance(axis, Range) else axis for key, axis in axes.items()}
     known = {item for key, values in lists.items() for value in values for item in items_of(point_of({key: value}))}
@@ -143,9 +140,9 @@ def points_of(axes: Axes, exclude: list[Settings], sample: int | None = None, se
     return points
 
 
-def draw(axes: Axes, exclude: list[Settings], sample: int, seed: int) -> list[Settings]:
+def draw(axes: Axes, exclude: list[Point], sample: int, seed: int) -> list[Point]:
     """Draws a sample, see points_of; a smaller one is its beginning. Uniform ranges are lists if they can be listed."""
-    rng, tried, drawn, seeds = random.Random(seed), set[str](), list[list[Settings]](), axes.get(SEED, [])
+    rng, tried, drawn, seeds = random.Random(seed), set[str](), list[list[Point]](), axes.get(SEED, [])
     total = math.prod(len(axis) if isinstance(axis, list) else math.inf for key, axis in axes.items() if key != SEED)
     for _ in range(1000 * sample):
         if len(drawn) == sample or len(tried) == total:

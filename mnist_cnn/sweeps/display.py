@@ -17,8 +17,8 @@ class Display:
 
     def __init__(self, metric: str, mode: str) -> None:
         self.metric, self.mode = metric, mode
-        self.start, self.progress = time.time(), ""
-        self.done_before: int | None = None  # runs that had ended when this process began
+        self.progress, self.start = "", 0.0
+        self.done_before: int | None = None  # runs that had ended at the start
         self.drawn = 0  # lines that are redrawn
 
     def say(self, line: str) -> None:
@@ -43,7 +43,8 @@ class Display:
         runs = [run for point in points for run in point.runs]
         states = Counter(run.status for run in runs)
         done = states["finished"] + states["failed"] + states["pruned"]
-        self.done_before = done if self.done_before is None else self.done_before
+        if self.done_before is None:
+            self.start, self.done_before = time.time(), done
         count, parts = f"[{done:{len(str(total))}}/{total}]", []
         if states["finished"]:
             parts.append(f"best {points[0].show(self.metric)} ({run_number(runs[0].name)})")

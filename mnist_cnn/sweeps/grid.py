@@ -18,7 +18,7 @@ import yaml
 
 from mnist_cnn.run.errors import UNSERIALIZABLE, UserError, explain, set_parsing
 from mnist_cnn.run.folder import flatten
-from mnist_cnn.sweeps.axes import Settings
+from mnist_cnn.sweeps.axes import Point
 from mnist_cnn.sweeps.ledger import Config, changes
 
 
@@ -114,7 +114,7 @@ def parse(settings: dict[str, Any], swept: dict[str, Any]) -> Config:
     return {path: value for path, value in flatten(config).items() if not str(value).startswith(UNSERIALIZABLE)}
 
 
-def complete_configs(parse: Callable[[Settings], Config], points: list[Settings]) -> list[Config]:
+def complete_configs(parse: Callable[[Point], Config], points: list[Point]) -> list[Config]:
     """The complete config of each point of a grid, from far fewer calls of the program's parser.
 
     Each value is parsed once, beside the first point's other values, and changes the same keys in all configs. Settings
@@ -127,7 +127,7 @@ def complete_configs(parse: Callable[[Settings], Config], points: list[Settings]
     parse_json = functools.cache(lambda code: parse(json.loads(code)))
     first = parse_json(json.dumps(points[0]))
 
-    def changed(point: Settings, group: list[str]) -> Config:  # with the first point's other values
+    def changed(point: Point, group: list[str]) -> Config:  # with the first point's other values
         mixed = json.dumps(points[0] | {key: point[key] for key in group})
         try:
             return changes(first, parse_json(mixed))
@@ -136,7 +136,7 @@ def complete_configs(parse: Callable[[Settings], Config], points: list[Settings]
                 raise
             raise KeyError(mixed) from error
 
-    def combine(point: Settings, groups: list[list[str]]) -> Config:
+    def combine(point: Point, groups: list[list[str]]) -> Config:
         config = first | {path: value for group in groups for path, value in changed(point, group).items()}
         return {path: value for path, value in config.items() if value is not ...}
 

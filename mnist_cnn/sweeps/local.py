@@ -42,20 +42,42 @@ class Sweep:
     start: float = field(default_factory=time.time)
     interrupts: int = 0  # how often Ctrl-C was pressed
     gave_up: bool = False  # too many runs failed in a row
-    failed: list[str] = field(default_factory=list)  # names of runs
 
     def interrupt(self, *_: Any) -> None:
         """Handles SIGINT and SIGTERM."""
         self.interrupts += 1
 
-    def is_open(self, name: str) -> bool:
+    def is_open(self, run: Run) -> bool:
         """Whether a run is to be executed: one that failed is tried again, but only once by the same command."""
-        run = read_run(self.root, name, self.metric)
         if run.status != "failed":
             return run.status not in ("finished", "pruned")
         with contextlib.suppress(FileNotFoundError):  # another process executes it again
-            return (self.root / name).stat().st_mtime < self.start
+            return (self.root / run.name).stat().st_mtime < self.start
         return True
+
+    def open_runs(self) -> list[str]:
+        """The runs that are to be executed, or that other processes execute.
+
+        Those that failed come last, before them those that share values with them: a few bad values stop no others.
+        """
+        if self.search:
+            return self.search.open_runs()
+        runs = [read_run(self.root, name, self.metric) for name in self.names]
+        failed = Counter(repr(item) for run in runs if run.status == "failed" for item in run.swept.items())
+
+        def order(run: Run) -> tuple[bool, int]:
+            return run.status == "failed", sum(failed[repr(item)] for item in run.swept.items())
+
+        return [run.name for run in sorted(filter(self.is_open, runs), key=order)]
+
+    def claim(self, name: str) -> Any:
+        """Acquires the lock of a run; None if another process executes it, or has finished it meanwhile."""
+        with contextlib.suppress(Timeout):
+            held = lock(self.root, name, timeout=0)
+            if self.is_open(read_run(self.root, name, self.metric)):
+                return held
+            held.lock.release()
+        return None
 
 
 class Job:
@@ -110,16 +132,18 @@ def run_all(sweep: Sweep, display: Display) -> Iterator[Run]:
         import wandb.sdk.launch
 
         wandb.setup(wandb.Settings(silent=True))  # starts the process that writes runs, once for all of them
-    if (hint := idle(sweep)) and any(map(sweep.is_open, sweep.names)):
+    if sweep.open_runs() and (hint := idle(sweep)):
         display.say(hint)
     gpus = visible_gpus() if sweep.jobs > 1 else []
     free = [gpus[index % len(gpus)] if gpus else None for index in range(sweep.jobs)]  # the GPU of each job
-    claims, jobs = sweep.search.claim(display.say) if sweep.search else claim(sweep), list[Job]()
+    jobs: list[Job] = []
     while True:
-        stopping, claimed = sweep.interrupts or sweep.gave_up, None
-        while free and not stopping and (claimed := next(claims, ())):
-            jobs.append(Job(sweep, *claimed, free.pop(0)))
-        if not jobs and (stopping or claimed == ()):
+        stopping = sweep.interrupts or sweep.gave_up
+        names = sweep.open_runs() if free and not stopping else []
+        for name in names:
+            if free and (held := sweep.claim(name)):
+                jobs.append(Job(sweep, name, held, free.pop(0)))
+        if not jobs and not names:
             if "wandb" in sys.modules:
                 sys.modules["wandb"].teardown()
             return
@@ -133,30 +157,7 @@ def run_all(sweep: Sweep, display: Display) -> Iterator[Run]:
             free.append(job.gpu)
             run = job.end()
             print(display.erase(), end="")
-            sweep.failed += [run.name] if run.status == "failed" else []
             yield run
-
-
-def claim(sweep: Sweep) -> Iterator[tuple[str, Any] | None]:
-    """Acquires the locks of the runs that are not finished, one after another; None: others execute those left.
-
-    Runs that have failed come last, and before them those that share values with them, so that a few bad values stop
-    no others.
-    """
-    runs = [read_run(sweep.root, name, sweep.metric) for name in sweep.names]
-    values = {run.name: set(map(repr, run.swept.items())) for run in runs}
-    sweep.failed = [run.name for run in runs if run.status == "failed"]
-    while names := [name for name in values if sweep.is_open(name)]:
-        while names:
-            shared = Counter(value for name in sweep.failed for value in values[name])
-            names.sort(key=lambda name: (name in sweep.failed, sum(shared[value] for value in values[name])))
-            with contextlib.suppress(Timeout):
-                held = lock(sweep.root, name := names.pop(0), timeout=0)
-                if sweep.is_open(name):  # another process may have finished it meanwhile
-                    yield name, held
-                else:
-                    held.lock.release()
-        yield None
 
 
 def visible_gpus() -> list[str]:
@@ -233,20 +234,15 @@ def run_alone(run: Path, program: str, gpu: str | None, prunes: bool) -> None:
     else:
         if not hasattr(cli, "trainer"):
             fail(f"program {program} must return its LightningCLI; it returned {cli!r}")
-        record(run, cli.trainer, time.monotonic() - start)
+        if not (run / "metrics.json").exists():
+            recorders = [callback for callback in cli.trainer.callbacks if isinstance(callback, Recorder)]
+            logged = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
+            metrics, best = recorders[0].result(cli.trainer) if recorders else (logged, None)
+            write_metrics(run, cli.trainer, metrics, time.monotonic() - start, best)
     if not (run / "config.yaml").exists():
         shutil.copy(config, run / "config.yaml")
     if "wandb" in sys.modules:  # a forked process skips the exit handlers, with which W&B closes a run
         sys.modules["wandb"].finish()
-
-
-def record(run: Path, trainer: Any, seconds: float) -> None:
-    """Writes metrics.json into a run's folder if the program has not."""
-    if not (run / "metrics.json").exists():
-        recorders = [callback for callback in trainer.callbacks if isinstance(callback, Recorder)]
-        logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        metrics, best = recorders[0].result(trainer) if recorders else (logged, None)
-        write_metrics(run, trainer, metrics, seconds, best)
 
 
 def die_with_parent() -> None:

@@ -4,19 +4,18 @@ Its study is optuna.log in the sweep's folder. The trial of a run has the run's 
 so that a stopped search goes on from its folder.
 """
 
-import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from lightning.pytorch.callbacks import Callback
 
 from mnist_cnn.run.errors import Parser, UserError, nearest
 from mnist_cnn.sweeps import ledger
-from mnist_cnn.sweeps.axes import SEED, Range, Settings, is_excluded, items_of, point_of, points_of, read_axes
+from mnist_cnn.sweeps.axes import SEED, Point, Range, is_excluded, items_of, point_of, points_of, read_axes
 from mnist_cnn.sweeps.grid import labels, parse, run_names
 
 TRIAL = "SWEEP_TRIAL"  # the environment variable that names the folder of a run that Optuna may prune
@@ -51,46 +50,31 @@ def open_study(root: Path, settings: dict[str, Any]) -> tuple[Any, Any]:
     # This lock is released when its process is killed; those of Optuna are not.
     journal = JournalFileBackend(str(root / "optuna.log"), FileLock(root / ".locks/optuna.lock"))  # type: ignore
     storage = optuna.storages.JournalStorage(journal)
-    with contextlib.suppress(KeyError):  # there is none yet
-        return optuna.load_study(study_name="sweep", storage=storage, pruner=pruner), storage
-    direction: Any = "maximize" if settings["mode"] == "max" else "minimize"
-    return optuna.create_study(study_name="sweep", storage=storage, pruner=pruner, direction=direction), storage
+    options: dict[str, Any] = {"direction": f"{settings['mode']}imize", "load_if_exists": True}
+    return optuna.create_study(study_name="sweep", storage=storage, pruner=pruner, **options), storage
 
 
 class Search:
     """Suggests the points of a sweep one after another, and writes their configs."""
 
-    def __init__(self, root: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, root: Path, settings: dict[str, Any], say: Callable[[str], None]) -> None:
         if not settings["sample"]:
             raise UserError("a search needs sample, the number of runs")
         for kind in ("sampler", "pruner"):
             build(kind, settings[kind])
-        self.root, self.settings, self.is_exhausted = root, settings, False
+        self.root, self.settings, self.say = root, settings, say
+        self.wanted = settings["sample"]  # how many runs are to finish
         self.lock = FileLock(root / ".locks/sweep.lock")  # one process at a time asks and tells
         self.axes, exclude = read_axes(settings["grid"]), settings["exclude"]
         if SEED in self.axes:
             raise UserError(f"a search runs each point once: move {SEED} to fixed")
         points_of(self.axes, exclude, 1)  # checks exclude
         ends = {key: [axis.low, axis.high] if isinstance(axis, Range) else axis for key, axis in self.axes.items()}
-        self.choices = {key: dict(zip(labels(values).values(), values)) for key, values in ends.items()}  # of lists
         first = {key: values[0] for key, values in ends.items()}
         changed = (point_of(first | {key: value}) for key, values in ends.items() for value in values)
         for code in dict.fromkeys(map(json.dumps, changed)):
             if not is_excluded(point := json.loads(code), exclude):
                 parse(settings, point)
-
-    def space(self) -> dict[str, Any]:
-        """The distribution of each axis."""
-        from optuna import distributions
-
-        space: dict[str, Any] = {}
-        for key, axis in self.axes.items():
-            if isinstance(axis, Range):
-                kind: Any = distributions.IntDistribution if axis.is_integer else distributions.FloatDistribution
-                space[key] = kind(axis.low, axis.high, axis.log, axis.step or None)
-            else:
-                space[key] = distributions.CategoricalDistribution([*self.choices[key]])
-        return space
 
     def open(self) -> list[str]:
         """Creates the sweep's folder and the study, or opens those that exist; returns the names of the runs."""
@@ -98,29 +82,20 @@ class Search:
             ledger.write_sweep(self.root, self.settings, {})
             self.study, _ = open_study(self.root, self.settings)
             runs = self.tell()
-            return [run.name for run in runs] or self.ask(runs, print)
+            return [run.name for run in runs] or self.ask(runs)
 
     def total(self, runs: list[ledger.Run]) -> int:
         """How many runs the folder will have: those that fail are replaced."""
-        wanted = self.settings["sample"] + sum(run.status == "failed" for run in runs)
-        return len(runs) if self.is_exhausted else max(len(runs), wanted)
+        return max(len(runs), self.wanted + sum(run.status == "failed" for run in runs))
 
-    def claim(self, say: Callable[[str], None]) -> Iterator[tuple[str, Any] | None]:
-        """Acquires the locks of runs that have not ended, then of new ones; None: wait for those of other processes."""
-        while True:
-            claimed = None
-            with self.lock:
-                runs = self.tell()
-                names = [run.name for run in runs if run.status in ("pending", "interrupted")]
-                if not names and len(runs) < self.total(runs):
-                    names = self.ask(runs, say)
-                for name in names:
-                    with contextlib.suppress(Timeout):
-                        claimed = name, ledger.lock(self.root, name, timeout=0)
-                        break
-            if not names and not any(run.status == "running" for run in runs):
-                return
-            yield claimed
+    def open_runs(self) -> list[str]:
+        """The runs that have not ended, else a new one, else those that other processes execute."""
+        with self.lock:
+            runs = self.tell()
+            names = [run.name for run in runs if run.status in ("pending", "interrupted")]
+            if not names and len(runs) < self.total(runs):
+                names = self.ask(runs)
+            return names or [run.name for run in runs if run.status == "running"]
 
     def tell(self) -> list[ledger.Run]:
         """Tells Optuna of the runs that have ended; returns all runs."""
@@ -137,50 +112,48 @@ class Search:
                     self.study.tell(number, run.metrics.get(metric), states[run.status])
         return runs
 
-    def ask(self, runs: list[ledger.Run], say: Callable[[str], None]) -> list[str]:
+    def ask(self, runs: list[ledger.Run]) -> list[str]:
         """Writes the config of a new point; returns the run's name, or [] if all points seem to have been tried."""
         from optuna.trial import TrialState
 
         tried, number = [items_of(run.swept) for run in runs], len(self.study.get_trials(False))
-        space = self.space()
         for attempt in range(200):
             if attempt in (0, 20):  # after 20 suggestions of known points, random ones
                 sampler = "optuna.samplers.RandomSampler" if attempt else self.settings["sampler"]
                 # A new one, with another seed for each point: in a search that goes on it would begin again.
                 self.study.sampler = build("sampler", sampler, self.settings["seed"] + number)
-            trial = self.study.ask(space)
-            point = self.point(trial.params)
+            point = self.suggest(trial := self.study.ask())
             if items_of(point) not in tried and not is_excluded(point, self.settings["exclude"]):
                 name = f"{trial.number:03}-{run_names([], [point])[0].partition('-')[2]}"
                 try:
                     config = parse(self.settings, point)
                 except UserError as error:
-                    say(f"left out: {error}")
+                    self.say(f"left out: {error}")
                 else:
                     ledger.write_sweep(self.root, self.settings, {name: ledger.to_yaml(config, point)})
                     return [name]
             self.study.tell(trial, state=TrialState.FAIL)
-        say(f"search: all {len(runs)} points have been tried")
-        self.is_exhausted = True
+        self.say(f"search: all {len(runs)} points have been tried")
+        self.wanted = 0
         return []
 
-    def point(self, suggested: dict[str, Any]) -> Settings:
-        """The point that a suggestion means."""
-        values = {}
+    def suggest(self, trial: Any) -> Point:
+        """The point that Optuna suggests. Of a list, it knows the labels of the values."""
+        values: dict[str, Any] = {}
         for key, axis in self.axes.items():
-            values[key] = axis.closest(suggested[key]) if isinstance(axis, Range) else self.choices[key][suggested[key]]
+            if isinstance(axis, list):
+                choices = dict(zip(labels(axis).values(), axis))
+                values[key] = choices[trial.suggest_categorical(key, [*choices])]
+            elif isinstance(axis.low + axis.high + axis.step, int):
+                values[key] = trial.suggest_int(key, axis.low, axis.high, step=axis.step, log=axis.log)
+            else:
+                number = trial.suggest_float(key, axis.low, axis.high, step=axis.step or None, log=axis.log)
+                values[key] = axis.closest(number)
         return point_of(values)
 
 
 class Reporter(Callback):
-    """Reports the metric of each validation to Optuna, whose pruner may stop the run; outside of a search it is idle.
-
-    Raises:
-        UserError: Validation does not log the metric.
-        Pruned: The pruner stops the run.
-    """
-
-    trial: Any = None  # in the main process of a run of a search
+    """Reports the metric of each validation to Optuna, whose pruner may stop the run; does nothing outside a search."""
 
     def on_fit_start(self, trainer: Any, *_: Any) -> None:
         if TRIAL not in os.environ or not trainer.is_global_zero:
@@ -188,28 +161,24 @@ class Reporter(Callback):
         from optuna.trial import Trial
 
         run = Path(os.environ[TRIAL])
-        self.metric = (settings := ledger.read_settings(run.parent))["metric"]
+        settings = ledger.read_settings(run.parent)
+        self.metric, self.validations = settings["metric"], 0
         study, storage = open_study(run.parent, settings)
         study_id, number = storage.get_study_id_from_name("sweep"), int(ledger.run_number(run.name))
-        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
-        self.trial, self.reported = Trial(study, trial_id), storage.get_trial(trial_id).intermediate_values
-        self.validations = 0
+        self.trial = Trial(study, storage.get_trial_id_from_study_id_trial_number(study_id, number))
 
     def on_validation_end(self, trainer: Any, *_: Any) -> None:
         if TRIAL not in os.environ or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        prune = self.trial is not None and self.prunes(trainer.callback_metrics)
-        if trainer.strategy.broadcast(prune and trainer.current_epoch + 1 != trainer.max_epochs):
+        prune = trainer.is_global_zero and self.prunes(trainer.callback_metrics)
+        if trainer.strategy.broadcast(prune) and trainer.current_epoch + 1 != trainer.max_epochs:
             raise Pruned(f"after epoch {trainer.current_epoch + 1}")
 
     def prunes(self, metrics: dict[str, Any]) -> bool:
         """Reports the metric; whether the run is to end."""
         if self.metric not in metrics:
-            raise UserError(
-                f"a pruner needs {self.metric}, which validation does not log{nearest(self.metric, metrics)}"
-            )
+            similar = nearest(self.metric, metrics)
+            raise UserError(f"a pruner needs {self.metric}, which validation does not log{similar}")
+        self.trial.report(metrics[self.metric].item(), self.validations)
         self.validations += 1
-        if self.validations - 1 in self.reported:  # before the run was interrupted
-            return False
-        self.trial.report(metrics[self.metric].item(), self.validations - 1)
         return self.trial.should_prune()

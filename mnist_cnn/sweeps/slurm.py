@@ -47,11 +47,7 @@ class Slurm:
 
 
 def check(jobs: int, search: str | None) -> None:
-    """Refuses what SLURM cannot do.
-
-    Raises:
-        UserError: SLURM's commands or submitit are missing, or a setting is not for SLURM.
-    """
+    """Refuses what SLURM cannot do."""
     if not (importlib.util.find_spec("submitit") and shutil.which("sbatch")):
         raise UserError("launcher slurm needs SLURM's commands on PATH, and submitit: pip install '.[cluster]'")
     if jobs > 1:
@@ -96,7 +92,7 @@ def submit(sweep: Sweep, names: list[str], slurm: Slurm) -> dict[str, Any]:
 
 def run_all(sweep: Sweep, display: Display, slurm: Slurm) -> Iterator[Run]:
     """Submits the runs that are not finished, waits for their jobs, and yields each run whose job has ended."""
-    if not (unfinished := [name for name in sweep.names if sweep.is_open(name)]):
+    if not (unfinished := sweep.open_runs()):
         return
     jobs = submit(sweep, unfinished, slurm)
     array = jobs[unfinished[0]].job_id.partition("_")[0]
@@ -110,9 +106,9 @@ def run_all(sweep: Sweep, display: Display, slurm: Slurm) -> Iterator[Run]:
                 display.say(f"the jobs continue; to cancel them: scancel {array}")
                 return
         for name, job in list(jobs.items()):
-            if job.done() and read_run(sweep.root, name, sweep.metric).status != "running":
+            if job.done() and (run := read_run(sweep.root, name, sweep.metric)).status != "running":
                 del jobs[name]
-                if sweep.is_open(name):
+                if sweep.is_open(run):
                     reason = f"SLURM job {job.job_id} ended: {job.state.lower()} ({job.paths.stderr})"
                     write_status(sweep.root, name, "failed", reason)
                 yield read_run(sweep.root, name, sweep.metric)
