@@ -101,7 +101,9 @@ def sweep(
     searching = Search(root, settings, display.say) if search else None
     names = searching.open() if searching else write_configs(root, settings, files, limit)
     if dry_run:
-        return print_status(root)
+        print_status(root)
+        display.say(f"{len(names)} runs: {root / 'configs'}")
+        return 0
     # Runs, each in a process of its own; results.csv after each; the table and the report at the end.
     todo = local.Sweep(root, names, program, metric, jobs, searching)
     ended = cluster.run_all(todo, display, slurm) if launcher == "slurm" else local.run_all(todo, display)

@@ -1,7 +1,6 @@
 """From the points of a grid to run names and complete configs."""
 
 import contextlib
-import functools
 import importlib
 import io
 import itertools
@@ -121,23 +120,30 @@ def complete_configs(parse: Callable[[Point], Config], points: list[Point]) -> l
     that change the same keys are parsed in all combinations. If one of a few samples is wrong, or a combination that is
     no point of the grid cannot be parsed, every point is parsed.
     """
-    keys, known = list(points[0]), set(map(json.dumps, points))
+    keys, parsed = list(points[0]), dict[str, Config]()
     if sum(len({json.dumps(point[key]) for point in points}) for key in keys) > len(points):  # drawn from ranges
         return [parse(point) for point in points]
-    parse_json = functools.cache(lambda code: parse(json.loads(code)))
-    first = parse_json(json.dumps(points[0]))
+
+    def parse_once(point: Point) -> Config:
+        if (code := json.dumps(point)) not in parsed:
+            parsed[code] = parse(point)
+        return parsed[code]
+
+    first = parse_once(points[0])
 
     def changed(point: Point, group: list[str]) -> Config:  # with the first point's other values
-        mixed = json.dumps(points[0] | {key: point[key] for key in group})
+        mixed = points[0] | {key: point[key] for key in group}
         try:
-            return changes(first, parse_json(mixed))
+            return changes(first, parse_once(mixed))
         except UserError as error:
-            if mixed in known:
+            if mixed in points:
                 raise
             raise KeyError(mixed) from error
 
     def combine(point: Point, groups: list[list[str]]) -> Config:
-        config = first | {path: value for group in groups for path, value in changed(point, group).items()}
+        config = first.copy()
+        for group in groups:
+            config |= changed(point, group)
         return {path: value for path, value in config.items() if value is not ...}
 
     try:
@@ -145,8 +151,8 @@ def complete_configs(parse: Callable[[Point], Config], points: list[Point]) -> l
         related = [key for key in keys if any(paths[key] & paths[other] for other in keys if other != key)]
         groups = [related, *([key] for key in keys if key not in related)]
         samples = [*points[:: len(points) // 3 + 1], points[-1]]
-        if all(changes(combine(point, groups), parse_json(json.dumps(point))) == {} for point in samples):
+        if all(changes(combine(point, groups), parse_once(point)) == {} for point in samples):
             return [combine(point, groups) for point in points]
     except KeyError:  # a combination that is no point
         pass
-    return [parse_json(json.dumps(point)) for point in points]
+    return [parse_once(point) for point in points]
