@@ -96,14 +96,12 @@ def sweep(
     settings |= {"search": search, "sampler": sampler, "pruner": pruner, "metric": metric, "mode": mode}
     settings |= {"program": program}
     # Points and their complete configs, all checked before anything is written.
-    print(f"checking the configs; a {'higher' if mode == 'max' else 'lower'} {metric} is better", flush=True)
+    print(f"checking the configs of {root}; a {'higher' if mode == 'max' else 'lower'} {metric} is better", flush=True)
     display = Display(metric, mode)
     searching = Search(root, settings, display.say) if search else None
     names = searching.open() if searching else write_configs(root, settings, files, limit)
     if dry_run:
-        print_status(root)
-        display.say(f"{len(names)} runs: {root / 'configs'}")
-        return 0
+        return print_status(root)
     # Runs, each in a process of its own; results.csv after each; the table and the report at the end.
     todo = local.Sweep(root, names, program, metric, jobs, searching)
     ended = cluster.run_all(todo, display, slurm) if launcher == "slurm" else local.run_all(todo, display)
