@@ -20,14 +20,22 @@ from mnist_cnn.run.loggers import log_histograms
 
 
 class ModelGraph(Callback):
-    """Logs the graph of the net to TensorBoard, traced with the first image of the first training batch."""
+    """Logs the graph of the net to TensorBoard, traced with the first item of what it is called with first."""
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        is_first = trainer.current_epoch == batch_idx == 0 and trainer.is_global_zero
-        for logger in trainer.loggers if is_first else ():
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._inputs: tuple[Tensor, ...] = ()
+        if trainer.current_epoch == batch_idx == 0 and trainer.is_global_zero:
+            self._hook = getattr(pl_module, "net", pl_module).register_forward_pre_hook(self._keep_inputs)
+
+    def _keep_inputs(self, net: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._inputs = tuple(value[:1] for value in inputs)
+        self._hook.remove()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        for logger in trainer.loggers if self._inputs else ():
             if isinstance(logger, TensorBoardLogger):
                 try:
-                    logger.experiment.add_graph(getattr(pl_module, "net", pl_module), batch[0][:1])
+                    logger.experiment.add_graph(getattr(pl_module, "net", pl_module), self._inputs)
                 except Exception as error:  # a net that cannot be traced can still be trained
                     print(f"no graph in TensorBoard: {error!r:.300}", file=sys.stderr)
 

@@ -76,6 +76,7 @@ class ExperimentCLI(LightningCLI):
             parser.add_argument(f"--{name}", type=kind | None, default=None, help=f"{kind.__name__}; null disables it.")
         parser.add_argument("--evaluate_best", type=bool, default=True, help="Validate and test the best checkpoint.")
         parser.add_argument("--num_threads", type=PositiveInt, default=torch.get_num_threads(), help="CPU threads.")
+        parser.add_argument("--weights", type=str | None, default=None, help="Checkpoint from which fit takes weights.")
         parser.add_argument("--run_dir", type=str | None, default=None, help="The run's folder; null: a new version_N.")
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -147,6 +148,8 @@ class ExperimentCLI(LightningCLI):
             checkpoint = folder.read_checkpoint(path, self.model, config.weights_only)
             if self.subcommand == "fit":
                 self.epochs_before = folder.check_resume(path, checkpoint, trainer, self.hparams, config.evaluate_best)
+        elif self.subcommand == "fit" and config.weights:
+            folder.read_checkpoint(config.weights, self.model, config.weights_only)  # which loads the weights
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         device, count = trainer.strategy.root_device, config.num_threads

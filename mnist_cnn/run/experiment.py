@@ -1,5 +1,6 @@
 """Experiment: the LightningModule that every experiment starts from."""
 
+import copy
 import inspect
 import math
 import os
@@ -25,7 +26,7 @@ class Experiment(LightningModule):
     their means over `log_every_n_steps` steps are logged as train/loss and so on.
 
     Args:
-        optimizer: Called with the module's parameters.
+        optimizer: Called with what `parameter_groups` returns.
         lr_scheduler: Called with the optimizer. OneCycleLR, CyclicLR and WarmupCosineLR are stepped after each
             optimizer step, ReduceLROnPlateau after each epoch with a validation, others after each epoch. If its
             `total_steps` is not given, it is the number of optimizer steps that the trainer will make.
@@ -36,9 +37,20 @@ class Experiment(LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self._outputs: list[tuple[int, dict[str, Tensor]]] = []  # of the batches not yet logged, each with its step
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copies the module, for an average of its weights; not the injected callables, which hold the whole CLI."""
+        copied = type(self).__new__(type(self))
+        memo |= {id(self): copied, id(self.optimizer): self.optimizer, id(self.lr_scheduler): self.lr_scheduler}
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    def parameter_groups(self) -> Any:
+        """What the optimizer gets: all parameters. A subclass may return groups with options of their own."""
+        return self.parameters()
+
     def configure_optimizers(self) -> Any:
         """The injected optimizer, with the injected schedule if there is one."""
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.optimizer(self.parameter_groups())
         if self.lr_scheduler is None:
             return optimizer
         # jsonargparse binds all arguments as keywords; Python code may leave some to the signature's defaults.

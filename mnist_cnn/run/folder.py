@@ -97,6 +97,7 @@ def read_checkpoint(path: str, model: LightningModule, weights_only: bool | None
     """Reads a checkpoint and checks that it fits the model."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+        model.on_load_checkpoint(checkpoint)  # as Lightning does, for layers that are created then
         model.load_state_dict(checkpoint["state_dict"])
     except pickle.UnpicklingError as error:
         raise UserError(f"checkpoint {path} may run code: give --weights_only=false if you trust its author") from error

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
+from torchvision.utils import make_grid
 
 from mnist_cnn.run.errors import UserError
 from mnist_cnn.run.folder import flatten
@@ -80,12 +81,31 @@ def log_figure(trainer: Trainer, tag: str, figure: Figure) -> None:
     """Logs a Matplotlib figure, drawn once, as an image to each TensorBoardLogger and WandbLogger."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    image = np.asarray(canvas.buffer_rgba())[..., :3]  # uint8 [H, W, 3]
+    log_image(trainer, tag, np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def log_images(trainer: Trainer, tag: str, images: Tensor, columns: int) -> None:
+    """Logs images [N, 1 or 3, H, W] in [0, 1] as one, row by row."""
+    grid = make_grid(images.cpu().float(), columns).permute(1, 2, 0)
+    log_image(trainer, tag, (255 * grid).byte().numpy())
+
+
+def log_image(trainer: Trainer, tag: str, image: np.ndarray) -> None:
+    """Logs an image, uint8 [H, W, 3], to each TensorBoardLogger and WandbLogger."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(tag, image, trainer.global_step, dataformats="HWC")
         elif isinstance(logger, WandbLogger):
             logger.log_image(tag, [image], trainer.global_step)
+
+
+def log_text(trainer: Trainer, tag: str, text: str) -> None:
+    """Logs a text, with its line breaks, to each TensorBoardLogger and WandbLogger."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(tag, f"```\n{text}\n```", trainer.global_step)  # Markdown
+        elif isinstance(logger, WandbLogger):
+            logger.log_text(tag, ["text"], [[text]], step=trainer.global_step)
 
 
 def start_wandb(logger: WandbLogger) -> None:

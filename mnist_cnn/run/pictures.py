@@ -19,7 +19,8 @@ from mnist_cnn.run.loggers import log_figure
 class TestPictures(Callback):
     """Logs two pictures after a test: the confusion matrix, and the images with the highest loss.
 
-    It needs a test_step that returns logits [N, C], and batches of images [N, 1 or 3, H, W] and targets [N].
+    It needs a test_step that returns logits [N, C], and batches of inputs and targets [N]; the second picture needs
+    inputs that are images [N, 1 or 3, H, W].
 
     Args:
         num_worst: Number of images with the highest loss.
@@ -33,12 +34,17 @@ class TestPictures(Callback):
         self._worst: dict[str, Tensor] = {}
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        if not (isinstance(outputs, Tensor) and outputs.ndim == 2 and batch[0].ndim == 4):
-            return  # not a classifier of images
-        (images, targets), logits = batch, outputs
+        images, targets = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (None, None)
+        if not (isinstance(outputs, Tensor) and outputs.ndim == 2 and isinstance(targets, Tensor)):
+            return
+        if targets.ndim != 1 or targets.is_floating_point():
+            return  # not a classifier
+        logits = outputs
         if self._confusion is None:
             self._confusion = MulticlassConfusionMatrix(logits.shape[1], validate_args=False).to(logits.device)
         self._confusion.update(logits, targets)
+        if not (isinstance(images, Tensor) and images.ndim == 4):
+            return
         probability, predicted = logits.softmax(dim=1).max(dim=1)
         loss = F.cross_entropy(logits, targets, reduction="none")
         seen = {"loss": loss, "image": images, "target": targets, "predicted": predicted, "probability": probability}
@@ -48,7 +54,7 @@ class TestPictures(Callback):
         if self._confusion is None or not trainer.loggers:
             return
         counts = self._confusion.compute()  # gathers those of all processes
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and self._worst:
             gathered: Any = pl_module.all_gather(self._worst)
             self._keep_worst({key: value.flatten(0, 1) for key, value in gathered.items()})
         right, total = int(counts.trace()), int(counts.sum())
@@ -58,7 +64,8 @@ class TestPictures(Callback):
         axes.set_title(f"test: {total - right:,} errors among {total:,} images, accuracy {right / total:.4f}")
         self._confusion.plot(counts.cpu(), axes, labels=classes, cmap="Reds")
         log_figure(trainer, "test/confusion_matrix", figure)
-        log_figure(trainer, "test/worst_classified", draw_worst(self._worst, classes))
+        if self._worst:
+            log_figure(trainer, "test/worst_classified", draw_worst(self._worst, classes))
 
     def _keep_worst(self, seen: dict[str, Tensor]) -> None:
         worst = seen["loss"].topk(min(self.num_worst, len(seen["loss"]))).indices
