@@ -46,7 +46,7 @@ audit: $(READY) ## known vulnerabilities of the packages in requirements.lock
 clean: ## remove the virtual environment; runs stay
 	rm -rf .venv
 
-EXTRAS = '.[augment,cluster,dev,search]'
+EXTRAS = '.[augment,cluster,dev,graph,search]'
 .venv/installed: pyproject.toml
 ifneq ($(shell command -v uv),)
 	uv venv --quiet --seed --allow-existing --python $(PYTHON) .venv
