@@ -98,7 +98,7 @@ class RectifiedFlow(Experiment):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
         drop_class: ClosedUnitInterval = 0.1,
-        guidance: NonNegativeFloat = 0.5,
+        guidance: NonNegativeFloat = 0.7,
         solver: Literal["euler", "heun"] = "euler",
         steps: PositiveInt = 20,
         num_samples: PositiveInt = 100,

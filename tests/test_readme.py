@@ -27,15 +27,16 @@ def starting(program: str) -> list[str]:
 
 @pytest.fixture
 def clone(folder):
-    """A working directory with the configs, the files that the pages print, and a run's config.yaml."""
+    """A working directory with the configs, the files that the pages print, and runs' config.yaml."""
     for name in ("configs", "benchmarks"):
         (folder / name).symlink_to(REPO / name)
     for _, text in BLOCKS:
         if name := re.match(r"# (\w+\.(?:py|yaml))", text):
             (folder / name[1]).write_text(text)
-    run = folder / "logs/mnist/version_0"
-    run.mkdir(parents=True)
-    shutil.copy(REPO / "configs/base.yaml", run / "config.yaml")
+    for name, config in {"mnist": "base", "diffusion": "diffusion", "gpt": "gpt", "gpt_text": "gpt"}.items():
+        run = folder / f"logs/{name}/version_0"
+        run.mkdir(parents=True)
+        shutil.copy(REPO / f"configs/{config}.yaml", run / "config.yaml")
     return folder
 
 
