@@ -1,4 +1,4 @@
-"""What the configs promise: the accuracy of fast.yaml and best.yaml."""
+"""What the configs promise: the accuracy of fast.yaml and best.yaml; that two experiments learn on a short one."""
 
 from pathlib import Path
 
@@ -20,3 +20,22 @@ def test_best_config_learns(folder):
     """All of it takes ten minutes; this is two epochs of 150 steps, with the whole schedule."""
     metrics = fit("best", *SHORT, "--trainer.limit_train_batches=150", "--trainer.limit_test_batches=1.0")
     assert metrics["test/acc"] > 0.97
+
+
+def test_a_graph_net_learns(folder):
+    options = [
+        "--trainer.max_epochs=3",
+        "--data.num_images=3000",
+        "--data.val_size=500",
+        "--trainer.limit_test_batches=2",
+    ]
+    assert fit("graph", *options)["test/acc"] > 0.5
+
+
+def test_two_bits_are_nearly_as_accurate_as_floats(folder):
+    """Both trained for 200 batches; rounding alone would lose 10 points."""
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=200"]
+    main(["fit", f"--config={REPO}/configs/base.yaml", f"--data.data_dir={DATA}", *QUIET, *short])
+    floats = metrics_of(Path("logs/mnist/version_0"))["test/acc"]
+    metrics = fit("quantized", *short)  # starts from that run
+    assert metrics["test/acc"] > floats - 0.02 and metrics["test/packed_differs"] == 0
