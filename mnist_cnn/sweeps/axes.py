@@ -114,7 +114,7 @@ def items_of(settings: dict[str, Any]) -> set[tuple[str, str]]:
 
 def is_excluded(point: Point, exclude: list[Point]) -> bool:
     """Whether a point has all settings of an item of `exclude`."""
-    items = items_of(point)
+    items = items_of(point) if exclude else set()
     return any(items_of(part) <= items for part in exclude)
 
 
