@@ -1,7 +1,6 @@
 """Diffusion as rectified flow: a U-Net learns the velocity that carries noise to digits along straight lines.
 
-Lipman et al., Flow Matching for Generative Modeling (2023); Liu et al., Flow Straight and Fast (2023). EMA weights are
-Lightning's EMAWeightAveraging, in the YAML.
+Lipman et al., Flow Matching for Generative Modeling (2023); Liu et al., Flow Straight and Fast (2023).
 """
 
 import math
@@ -12,26 +11,24 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveIn
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.utils import save_image
 
 from experiments.evaluator import Evaluator, frechet_distance
 from mnist_cnn.classifier import Batch
-from mnist_cnn.run.callbacks import PredictionWriter
 from mnist_cnn.run.experiment import Experiment, LRSchedulerCallable
 from mnist_cnn.run.loggers import log_images
 
-NO_CLASS = 10  # the class of an image whose class the net isn't told
+NO_CLASS = 10  # what the net gets in place of a class that it isn't told
 
 
 class ResBlock(nn.Module):
     """Two convolutions beside a shortcut; the embedding of time and class scales and shifts between them."""
 
-    def __init__(self, before: int, after: int, emb: int) -> None:
+    def __init__(self, inputs: int, outputs: int, emb_dim: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(8, before), nn.Conv2d(before, after, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(8, after), nn.Conv2d(after, after, 3, padding=1)
-        self.film = nn.Linear(emb, 2 * after)
-        self.shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+        self.norm1, self.conv1 = nn.GroupNorm(8, inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.film = nn.Linear(emb_dim, 2 * outputs)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         nn.init.zeros_(self.conv2.weight)  # each block begins as its shortcut
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -46,27 +43,27 @@ class UNet(nn.Module):
     Args:
         width: Channels at 14x14, where 2x2 pixels are one position; a multiple of 8.
         deep_width: Channels at 7x7; a multiple of 8.
-        emb: Width of the embedding of time and class; even.
+        emb_dim: Width of the embedding of time and class; even.
     """
 
     frequencies: Tensor
 
-    def __init__(self, width: PositiveInt = 48, deep_width: PositiveInt = 96, emb: PositiveInt = 128) -> None:
+    def __init__(self, width: PositiveInt = 48, deep_width: PositiveInt = 96, emb_dim: PositiveInt = 128) -> None:
         super().__init__()
-        self.classes = nn.Embedding(NO_CLASS + 1, emb)
-        self.time = nn.Sequential(nn.Linear(emb, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(1000), emb // 2)))
+        self.classes = nn.Embedding(NO_CLASS + 1, emb_dim)
+        self.time = nn.Sequential(nn.Linear(emb_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(1000), emb_dim // 2)))
         self.first = nn.Conv2d(4, width, 3, padding=1)
-        self.down = ResBlock(width, width, emb)
-        self.deep1 = ResBlock(width, deep_width, emb)
-        self.deep2 = ResBlock(deep_width, deep_width, emb)
-        self.up = ResBlock(deep_width + width, width, emb)
+        self.down = ResBlock(width, width, emb_dim)
+        self.deep1 = ResBlock(width, deep_width, emb_dim)
+        self.deep2 = ResBlock(deep_width, deep_width, emb_dim)
+        self.up = ResBlock(deep_width + width, width, emb_dim)
         self.norm, self.last = nn.GroupNorm(8, width), nn.Conv2d(width, 4, 3, padding=1)
         nn.init.zeros_(self.last.weight)
 
     def forward(self, images: Tensor, times: Tensor, classes: Tensor) -> Tensor:
-        angles = times[:, None] * self.frequencies  # [N, emb / 2]
-        emb = F.silu(self.time(torch.cat([angles.sin(), angles.cos()], dim=1)) + self.classes(classes))  # [N, emb]
+        angles = times[:, None] * self.frequencies  # [N, emb_dim / 2]
+        emb = F.silu(self.time(torch.cat([angles.sin(), angles.cos()], dim=1)) + self.classes(classes))
         h = self.first(F.pixel_unshuffle(images, 2))  # [N, width, 14, 14]
         skip = self.down(h, emb)
         h = self.deep2(self.deep1(F.avg_pool2d(skip, 2), emb), emb)  # [N, deep_width, 7, 7]
@@ -75,11 +72,11 @@ class UNet(nn.Module):
 
 
 class RectifiedFlow(Experiment):
-    """Learns to generate digits of a given class; a test generates some and compares them with real ones.
+    """Learns to generate digits of a given class; generates some after fit, and in validate and test.
 
-    Logged after fit, of generated digits: acc, the share that a classifier takes for the digit asked for, and frechet,
-    the Fréchet distance to the real images in that classifier's features; beside it that of training images
-    (frechet_floor) and of noise (frechet_noise).
+    Of these it logs sampled_acc, the share that a classifier takes for the digit asked for, and frechet, the Fréchet
+    distance to the real images in that classifier's features; a test also logs that of training images (frechet_floor)
+    and of noise (frechet_noise).
 
     Args:
         net: Maps images [N, 1, 28, 28], times [N] and classes [N] to velocities [N, 1, 28, 28].
@@ -89,7 +86,7 @@ class RectifiedFlow(Experiment):
         guidance: Strength w of classifier-free guidance; 0: none.
         solver: Method that integrates the velocity; heun evaluates the net twice a step.
         steps: Number of steps from noise to image.
-        num_samples: Digits of each class that a test generates.
+        num_samples: Generated digits, each class in turn.
     """
 
     def __init__(
@@ -101,21 +98,19 @@ class RectifiedFlow(Experiment):
         guidance: NonNegativeFloat = 0.7,
         solver: Literal["euler", "heun"] = "euler",
         steps: PositiveInt = 20,
-        num_samples: PositiveInt = 100,
+        num_samples: PositiveInt = 1000,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         self.net = net.to(memory_format=torch.channels_last)
         self.drop_class, self.guidance = drop_class, guidance
         self.solver, self.steps, self.num_samples = solver, steps, num_samples
-        self.real: list[Tensor] = []  # images of the validation or test
 
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, classes = batch
         # Times near the middle are the hardest: logit-normal (Esser et al., Scaling Rectified Flow, 2024, eq. 19).
         times = torch.randn(len(images), device=images.device).sigmoid()
-        dropped = torch.rand(len(images), device=images.device) < self.drop_class
-        classes = classes.masked_fill(dropped, NO_CLASS)
-        return {"loss": self.loss(images, torch.randn_like(images), times, classes)}
+        classes = classes.masked_fill(torch.rand_like(times) < self.drop_class, NO_CLASS)
+        return self.loss(images, torch.randn_like(images), times, classes)
 
     def loss(self, images: Tensor, noise: Tensor, times: Tensor, classes: Tensor) -> Tensor:
         """The mean squared error of the velocity (Lipman 2023, eq. 23 with σ_min = 0)."""
@@ -124,18 +119,23 @@ class RectifiedFlow(Experiment):
         return F.mse_loss(self.net(x, times, classes), images - noise)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.evaluate(batch, batch_idx, "test")
+
+    def evaluate(self, batch: Batch, batch_idx: int, stage: str) -> None:
         """Logs the loss with the same noise and evenly spaced times in every run."""
-        (images, classes), stage = batch, "test" if self.trainer.testing else "val"
+        images, classes = batch
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(batch_idx)).to(images)
         times = torch.linspace(0, 1, len(images), device=images.device)
         loss = self.loss(images, noise, times, classes)
         self.log(f"{stage}/loss", loss, batch_size=len(images), sync_dist=True)
-        if self.trainer.state.fn != "fit":
-            self.real.append(images)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Ten new digits of each class, [100, 1, 28, 28], whatever the batch holds."""
-        return self.sample(torch.arange(10, device=self.device).repeat(10), seed=batch_idx)[-1]
+        """Ten new digits of each class, [100, 1, 28, 28] in [0, 1], whatever the batch holds."""
+        seed = torch.initial_seed() + batch_idx  # seed_everything chooses the digits
+        return self.pixels(self.sample(torch.arange(10, device=self.device).repeat(10), seed)[-1])
 
     @torch.no_grad()
     def sample(self, classes: Tensor, seed: int) -> Tensor:
@@ -153,41 +153,38 @@ class RectifiedFlow(Experiment):
     def guided(self, x: Tensor, time: float, classes: Tensor) -> Tensor:
         """The velocity with classifier-free guidance: (1 + w) v(x, class) - w v(x) (Ho and Salimans 2022, eq. 6)."""
         times = torch.full([len(x)], time, device=x.device)
-        conditional = self.net(x, times, classes)
-        if not self.guidance:
-            return conditional
-        return conditional + self.guidance * (conditional - self.net(x, times, torch.full_like(classes, NO_CLASS)))
+        conditional, without = self.net(x, times, classes), self.net(x, times, torch.full_like(classes, NO_CLASS))
+        return conditional + self.guidance * (conditional - without)
 
     def on_validation_epoch_end(self) -> None:
+        if self.trainer.state.fn == "validate":
+            self.judge("val", self.trainer.num_val_batches)
+
+    def on_test_epoch_end(self) -> None:
+        self.judge("test", self.trainer.num_test_batches)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Normalised images in [0, 1] again."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return (images * data.std + data.mean).clamp(0, 1)
+
+    def judge(self, stage: str, batches: list[int | float]) -> None:
         """Generates digits; logs how well they are recognised and how far they are from the real ones, and pictures."""
-        if not self.real:  # a validation of fit
-            return
-        stage = "test" if self.trainer.testing else "val"
-        evaluator, real, self.real = Evaluator().to(self.device), torch.cat(self.real), []
-        classes = torch.arange(10, device=self.device).repeat_interleave(self.num_samples)
-        paths = torch.cat([self.sample(part, seed) for seed, part in enumerate(classes.split(100))], dim=1)
-        paths = paths.clamp(real.min(), real.max())  # the range of pixels
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        count = int(sum(batches)) * data.eval_batch_size * self.trainer.world_size
+        real = data.sets[stage].tensors[0][:count, None].to(self.device) / 255
+        classes = torch.arange(self.num_samples, device=self.device) % 10
+        parts = enumerate(classes.split(100), start=100 * self.trainer.testing)  # other noise in a test
+        paths = self.pixels(torch.cat([self.sample(part, seed) for seed, part in parts], dim=1))
+        evaluator = Evaluator().to(self.device)
         (logits, features), (_, of_real) = evaluator(paths[-1]), evaluator(real)
-        self.log(f"{stage}/acc", (logits.argmax(dim=1) == classes).float().mean())
+        self.log(f"{stage}/sampled_acc", (logits.argmax(dim=1) == classes).float().mean())
         self.log(f"{stage}/frechet", frechet_distance(features, of_real))
         if stage == "test":
-            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             data.setup("fit")  # reads the training images, if only a test runs
-            batch = [tensor[: len(classes)].to(self.device) for tensor in data.sets["train"].tensors]
-            for name, images in (("floor", data.on_after_batch_transfer(batch, 0)[0]), ("noise", paths[0])):
-                self.log(f"test/frechet_{name}", frechet_distance(evaluator(images)[1], of_real))
-            by_class = ((paths - paths.min()) / (paths.max() - paths.min())).unflatten(1, (10, -1))
-            log_images(self.trainer, "test/samples", by_class[-1, :, :10].flatten(0, 1), columns=10)
-            first = by_class[:: max(1, self.steps // 10), :, 0]  # [11, 10, 1, 28, 28] with 20 steps
+            training = data.sets["train"].tensors[0][: len(classes), None].to(self.device) / 255
+            self.log("test/frechet_floor", frechet_distance(evaluator(training)[1], of_real))
+            self.log("test/frechet_noise", frechet_distance(evaluator(paths[0])[1], of_real))
+            log_images(self.trainer, "test/samples", paths[-1, :100], columns=10)
+            first = paths[:: max(1, self.steps // 10), :10]  # [11, 10, 1, 28, 28] with 20 steps
             log_images(self.trainer, "test/paths", first.transpose(0, 1).flatten(0, 1), columns=len(first))
-
-    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
-
-
-class SampleWriter(PredictionWriter):
-    """Writes predicted images to a PNG file, ten in a row."""
-
-    def write_on_epoch_end(self, trainer: Any, pl_module: Any, predictions: Any, batch_indices: Any) -> None:
-        images = torch.cat(predictions)
-        save_image(images.clamp(images[0].min(), images[0].max()), self.path, nrow=10, normalize=True)
-        print(f"{len(images)} digits: {self.path}")

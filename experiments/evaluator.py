@@ -30,28 +30,33 @@ def upscale(images: Tensor) -> Tensor:
     return F.interpolate(images, scale_factor=2.0, mode="nearest-exact")
 
 
-class Evaluator(nn.Module):
-    """The classifier with its weights, frozen: logits [N, 10] and features [N, 64] of images [N, 1, 28, 28].
+class DigitNet(StackCNN):
+    """Four convolutions, the last of which leaves 64 features of an image, and a linear layer."""
 
-    Images are normalised as MNISTDataModule does by default.
-    """
+    def __init__(self) -> None:  # width 28 -> 14 -> 12, pooled to 6 -> 6, pooled to 3 -> 1
+        super().__init__([32, 64, 96, 64], [4, 3, 3, 3], [2, 1, 1, 1], [1, 0, 1, 0], [1, 2, 2, 1])
+
+
+class Evaluator(nn.Module):
+    """The classifier of MNIST's digits with its weights, frozen."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = StackCNN([32, 64, 96, 64], [4, 3, 3, 3], [2, 1, 1, 1], [1, 0, 1, 0], [1, 2, 2, 1])
+        self.net = DigitNet()
         self.net.load_state_dict(torch.load(WEIGHTS, weights_only=True))
         self.head, self.net.fc = self.net.fc, nn.Identity()  # type: ignore[assignment]
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [N, 10] and features [N, 64], the outputs of the last hidden layer."""
-        features = torch.cat([self.net(part) for part in images.split(1000)])
+        """Logits [N, 10] and features [N, 64], the inputs of the last layer, of images [N, 1, 28, 28] in [0, 1]."""
+        normalised = (images - 0.1307) / 0.3081  # as MNISTDataModule does
+        features = torch.cat([self.net(part) for part in normalised.split(1000)])
         return self.head(features), features
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """The Fréchet distance of two normal distributions fitted to features [N, D] and [M, D] (Heusel 2017, eq. 6)."""
+    """The squared Fréchet distance of normal distributions, fitted to features [N, D], [M, D] (Heusel 2017, eq. 6)."""
     a, b = a.double().cpu(), b.double().cpu()
     cov_a, cov_b = a.T.cov(), b.T.cov()
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()  # the trace of the product's square root

@@ -11,7 +11,6 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.utils import save_image
 
 from experiments.evaluator import Evaluator
 from experiments.tokens import Batch, pixels
@@ -44,7 +43,9 @@ class Block(nn.Module):
 
 
 class GPT(Experiment):
-    """Predicts the next token; logs the loss in nats a token, of a text also in bits; samples after fit and in test.
+    """Predicts the next token; logs the loss in nats a token, of a text also in bits.
+
+    It samples digits or a text after fit, and in validate and test.
 
     Args:
         optimizer: Called with the parameters; its weight decay is for matrices only.
@@ -56,7 +57,6 @@ class GPT(Experiment):
         temperature: Divides the logits from which tokens are sampled; lower: likelier tokens.
         top_k: Samples from so many of the likeliest tokens; null: from all.
         num_samples: Sampled digits, each class in turn, which a classifier judges; sampled characters of a text.
-        picture: File that predict writes, of digits beside completions of their upper halves.
     """
 
     vocab: Tensor
@@ -73,18 +73,17 @@ class GPT(Experiment):
         temperature: PositiveFloat = 1.0,
         top_k: PositiveInt | None = None,
         num_samples: PositiveInt = 1000,
-        picture: str = "completed.png",
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         if n_embd % n_head:
             raise ValueError(f"n_embd={n_embd} is not a multiple of n_head={n_head}")
         self.n_head, self.n_embd, self.dropout = n_head, n_embd, dropout
-        self.temperature, self.top_k, self.num_samples, self.picture = temperature, top_k, num_samples, picture
+        self.temperature, self.top_k, self.num_samples = temperature, top_k, num_samples
         self.blocks = nn.ModuleList([Block(n_head, n_embd, dropout) for _ in range(n_layer)])
         self.ln_f = nn.LayerNorm(n_embd)
 
     def configure_model(self) -> None:
-        if self._trainer:  # otherwise, load_from_checkpoint calls it
+        if self.has_trainer:  # otherwise, load_from_checkpoint calls it
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             self.build(data.vocab, data.block_size)
 
@@ -111,7 +110,7 @@ class GPT(Experiment):
         return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
 
     def forward(self, tokens: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        """Logits [N, T, vocab] of the token after each of [N, T]; a cache has keys and values from before `start`."""
+        """Logits [N, T, vocab] of the token after each of [N, T]; with keys and values from before `start`, T is 1."""
         x = self.wte(tokens) + self.wpe.weight[start : start + tokens.shape[1]]  # h_0 = U W_e + W_p (2018, eq. 2)
         x = F.dropout(x, self.dropout, self.training)  # [N, T, n_embd]
         for index, block in enumerate(self.blocks):
@@ -163,12 +162,12 @@ class GPT(Experiment):
         """Logs a text; or digits, and the share of them that a classifier takes for the digit asked for."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if data.path:
-            text = self.generate(data.start.to(self.device), self.num_samples)
+            text = self.generate(data.prompt_tokens.to(self.device), self.num_samples)
             return log_text(self.trainer, f"{stage}/sample", self.decode(text[0]))
         classes = torch.arange(self.num_samples, device=self.device) % 10
         parts = enumerate(classes[:, None].split(100), start=100 * self.trainer.testing)  # a cache of 80 MB for each
         images = pixels(torch.cat([self.generate(part, 196, seed) for seed, part in parts]))
-        logits, _ = Evaluator().to(self.device)((images - data.mean) / data.std)
+        logits, _ = Evaluator().to(self.device)(images)
         self.log(f"{stage}/sampled_acc", (logits.argmax(1) == classes).float().mean(), sync_dist=True)
         log_images(self.trainer, f"{stage}/samples", images[:100], columns=10)
 
@@ -177,13 +176,11 @@ class GPT(Experiment):
         return "".join(map(chr, self.vocab[tokens].tolist()))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Prints how the prompt goes on; or draws digits, each beside a completion of its upper half."""
+        """Prints how the prompt goes on; or returns digits beside completions of their upper half, [N, 1, 28, 56]."""
+        seed = torch.initial_seed() + batch_idx  # seed_everything chooses what is sampled
         if self.trainer.datamodule.path:  # type: ignore[attr-defined]
-            tokens = self.generate(batch[0], self.num_samples)
+            tokens = self.generate(batch[0], self.num_samples, seed)
             print(self.decode(tokens[0]))
             return tokens
         digits = torch.cat([batch[0], batch[1][:, -1:]], dim=1)  # [N, 197]
-        tokens = self.generate(digits[:, : 1 + 7 * 14], 7 * 14)
-        save_image(torch.cat([pixels(digits), pixels(tokens)], dim=3), self.picture, nrow=10)
-        print(f"digits, each beside a completion of its upper half: {self.picture}")
-        return tokens
+        return torch.cat([pixels(digits), pixels(self.generate(digits[:, : 1 + 7 * 14], 7 * 14, seed))], dim=3)

@@ -1,9 +1,7 @@
 """MNIST as graphs: an image becomes about 79 superpixels, each linked to its 8 nearest, and a net passes messages."""
 
-import json
 import multiprocessing
 import signal
-import zlib
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -50,13 +48,13 @@ def make_graph(image: np.ndarray, n_segments: int, compactness: float, neighbour
 class SuperpixelDataModule(MNISTDataModule):
     """MNISTDataModule with graphs in place of the images: batches of graphs [N, M, 4 + neighbours] and targets [N].
 
-    The graphs are made once, by all cores, and kept in data_dir, in two files for each choice of settings.
+    The graphs are made once, by all cores, and kept in data_dir, in two files whose names are the settings.
 
     Args:
         n_segments: Superpixels of an image, about; SLIC (Achanta et al., 2012) starts with 81 for 75.
         compactness: Weight of distance against grey in SLIC; with more, superpixels are more like squares.
         neighbours: Nearest superpixels from which each one gets messages.
-        warp: Standard deviation of a random map of the positions of each training graph: I + warp * noise.
+        warp: Standard deviation of the noise of a random affine map of the positions of each training graph.
         num_images: The first images of the training and of the test set, for a trial in seconds; null: all.
         kwargs: Further arguments of MNISTDataModule.
     """
@@ -83,12 +81,13 @@ class SuperpixelDataModule(MNISTDataModule):
     def _read(self, train: bool) -> tuple[Tensor, Tensor]:
         """The graphs, uint8 [N, M, 4 + neighbours], padded with zeros, and targets, int64 [N]."""
         images, targets = (part[: self.num_images] for part in super()._read(train))
-        settings = self.settings | {"images": len(images), "scikit-image": version("scikit-image")}
-        name = f"{'train' if train else 'test'}-{zlib.crc32(json.dumps(settings).encode()):08x}.pt"
-        path = Path(self.data_dir, self.dataset.__name__, "superpixels", name)
+        settings = self.settings | {"images": len(images), "skimage": version("scikit-image")}
+        name = "-".join(["train" if train else "test", *(f"{key}={value}" for key, value in settings.items())])
+        path = Path(self.data_dir, self.dataset.__name__, "superpixels", f"{name}.pt")
         if not path.exists():
+            graphs = self.make_graphs(images)
             with write_atomically(path) as file:
-                torch.save(self.make_graphs(images), file.buffer)
+                torch.save(graphs, file.buffer)
         return torch.load(path), targets
 
     def make_graphs(self, images: Tensor) -> Tensor:
@@ -123,7 +122,7 @@ def join_graphs(graphs: Tensor) -> Data:
 
 
 class MoNetConv(MessagePassing):
-    """Weighs messages by filters of the edge, and mixes them (Monti et al., 2017; here the filters are a small net)."""
+    """Sums neighbours' features with K weights an edge, and mixes the sums (Monti et al., 2017, with other weights)."""
 
     def __init__(self, width: int, filters: int, hidden: int) -> None:
         super().__init__()

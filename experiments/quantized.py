@@ -33,10 +33,10 @@ class LSQ(nn.Module):
         self.low = self.high = self.count = 0  # -Q_N, Q_P and N; for activations the first batch sets them, and s
         self.packed: Tensor | None = None  # weights from a file, int32
         if weight is not None:
-            self.start(weight, signed=True, count=weight.numel())
+            self.initialize(weight, signed=True, count=weight.numel())
 
     @torch.no_grad()
-    def start(self, v: Tensor, signed: bool, count: int) -> None:
+    def initialize(self, v: Tensor, signed: bool, count: int) -> None:
         """Sets s = 2⟨|v|⟩ / √Q_P (section 2.1); for pixels, whose s is not learned, such that none is clipped."""
         self.low, self.count = -(self.levels // 2) if signed else 0, count
         v, self.high = v.abs(), self.low + self.levels - 1
@@ -50,7 +50,7 @@ class LSQ(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self.low, self.high, self.count = map(int, state)
 
-    def size(self) -> Tensor:
+    def step_size(self) -> Tensor:
         """The step size s, with its gradient multiplied by g = 1 / √(N Q_P) (section 2.2)."""
         scaled = self.step / math.sqrt(self.count * self.high)
         return self.step.detach() + (scaled - scaled.detach())
@@ -60,8 +60,8 @@ class LSQ(nn.Module):
         if self.packed is not None:
             return self.packed
         if not self.count:
-            self.start(v, signed=bool(v.min() < 0), count=v[0].numel())  # N is that of one image
-        v = F.hardtanh(v * (1 / self.size()), self.low, self.high)  # clip, with a fast backward pass
+            self.initialize(v, signed=bool(v.min() < 0), count=v[0].numel())  # N is that of one image
+        v = F.hardtanh(v * (1 / self.step_size()), self.low, self.high)  # clip, with a fast backward pass
         return (v.round() - v).detach() + v
 
 
@@ -70,14 +70,14 @@ class QuantizedLayer(nn.Module):
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, weight_bits: float, input_bits: float) -> None:
         super().__init__()
-        self.input, self.levels = LSQ(input_bits), LSQ(weight_bits, layer.weight)
+        self.input_lsq, self.weight_lsq = LSQ(input_bits), LSQ(weight_bits, layer.weight)
         self.layer, self.bias, layer.bias = layer, layer.bias, None
-        parametrize.register_parametrization(layer, "weight", self.levels)
+        parametrize.register_parametrization(layer, "weight", self.weight_lsq)
 
     def forward(self, x: Tensor) -> Tensor:
         """For x [N, C, H, W] or [..., C]: sums of x̄ w̄, times s_x s_w (figure 1), plus the bias."""
-        x = self.input(x) if self.levels.packed is None else self.input(x).int()
-        y = self.layer(x) * (self.input.size() * self.levels.size())
+        x = self.input_lsq(x) if self.weight_lsq.packed is None else self.input_lsq(x).int()
+        y = self.layer(x) * (self.input_lsq.step_size() * self.weight_lsq.step_size())
         return y if self.bias is None else y + (self.bias.view(-1, 1, 1) if y.ndim == 4 else self.bias)
 
 
@@ -101,8 +101,7 @@ class Quantized(nn.Module):
         weights: str | None = None,
     ) -> None:
         super().__init__()
-        given = {"weight_bits": weight_bits, "act_bits": act_bits, "first_last_bits": first_last_bits}
-        for name, bits in given.items():
+        for name, bits in zip(("weight_bits", "act_bits", "first_last_bits"), (weight_bits, act_bits, first_last_bits)):
             if bits not in range(2, 9) and (name, bits) != ("weight_bits", 1.58):
                 raise ValueError(f"{name} must be 2 to 8{', or 1.58' * (name == 'weight_bits')}, not {bits:g}")
         self.net = net
@@ -116,11 +115,11 @@ class Quantized(nn.Module):
             except Exception as error:  # torch raises many kinds
                 reason = f"not a checkpoint of this {type(net).__name__}: {textwrap.shorten(str(error), 240)}"
                 raise ValueError(f"weights: {weights} is {reason}") from None
-        first, *_, last = [*layers, *layers]
+        names = [*layers]
         for name, layer in layers.items():
-            both = (first_last_bits, first_last_bits) if name in (first, last) else (weight_bits, act_bits)
+            both = (first_last_bits, first_last_bits) if name in (names[0], names[-1]) else (weight_bits, act_bits)
             self.set_submodule(name, quantized := QuantizedLayer(layer, *both))
-            quantized.input.requires_grad_(name != first)  # a gradient for pixels would take a sixth of the time
+            quantized.input_lsq.requires_grad_(name != names[0])  # a gradient for pixels would take a sixth of the time
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)
@@ -135,7 +134,7 @@ class Quantized(nn.Module):
 
 def place_values(layer: QuantizedLayer) -> np.ndarray:
     """Of the digits of a 64-bit word, a weight each: 40 ternary ones, 32 of two bits, 16 of four, 8 of eight."""
-    levels = layer.levels.levels
+    levels = layer.weight_lsq.levels
     return np.uint64(levels) ** np.arange(int(64 / math.log2(levels)), dtype=np.uint64)
 
 
@@ -144,7 +143,7 @@ def write_packed(net: Quantized, path: Path) -> None:
     words = []
     for layer in net.quantized().values():
         places, weight = place_values(layer), layer.layer.weight.detach().cpu().contiguous().numpy().flatten()
-        digits = np.pad(weight - layer.levels.low, (0, -weight.size % places.size)).astype(np.uint64)
+        digits = np.pad(weight - layer.weight_lsq.low, (0, -weight.size % places.size)).astype(np.uint64)
         words.append((digits.reshape(-1, places.size) * places).sum(axis=1, dtype=np.uint64))
     numbers = torch.cat([value.detach().cpu().float().flatten() for value in net.other_state().values()])
     with write_atomically(path) as file:
@@ -158,36 +157,38 @@ def read_packed(net: Quantized, path: Path) -> Quantized:
     numbers = torch.from_numpy(file["numbers"]).split([value.numel() for value in state.values()])
     net.load_state_dict({key: new.view_as(state[key]) for key, new in zip(state, numbers)}, strict=False)
     for layer in net.quantized().values():
-        places, shape = place_values(layer), layer.layer.weight.shape
+        places, shape, lsq = place_values(layer), layer.layer.weight.shape, layer.weight_lsq
         used, words = np.split(words, [-(-shape.numel() // len(places))])
-        digits = (used[:, None] // places % np.uint64(layer.levels.levels)).flatten()[: shape.numel()].astype(np.int32)
-        layer.levels.packed = torch.from_numpy(digits).view(shape) + layer.levels.low
+        digits = (used[:, None] // places % np.uint64(lsq.levels)).flatten()[: shape.numel()].astype(np.int32)
+        lsq.packed = torch.from_numpy(digits).view(shape) + lsq.low
     return net
 
 
 class PackedWeights(Callback):
-    """Packs the tested net into quantized.npz in the run's folder, and tests what is read from it with integers.
+    """Packs the tested net into quantized.npz, after fit in the run's folder, and tests what is read with integers.
 
     Logs test/bytes (the size of the file), test/packed_acc, and test/packed_differs: how many predictions differ.
     """
 
-    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if not isinstance(net := getattr(pl_module, "net", None), Quantized):
             raise UserError(f"PackedWeights needs experiments.quantized.Quantized, not the net {type(net).__name__}")
-        folder = Path(trainer.ckpt_path).absolute().parents[1] if trainer.ckpt_path else Path(trainer.log_dir or ".")
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        net, run = pl_module.net, Path(trainer.ckpt_path or ".").absolute().parents[1]
+        after_fit = (run / "config.yaml").exists() and not (run / "metrics.json").exists()
+        path = (run if after_fit else Path()) / "quantized.npz"
         if trainer.is_global_zero:
-            write_packed(net, folder / "quantized.npz")
+            write_packed(net, path)
         trainer.strategy.barrier()
-        self.packed = read_packed(net, folder / "quantized.npz")
-        self.bytes = float((folder / "quantized.npz").stat().st_size)
+        self.packed = read_packed(net, path)
+        self.bytes = float(path.stat().st_size)
         layers = net.quantized()
         figure = Figure((3 * len(layers), 4), dpi=80, layout="constrained")
         for axes, (name, layer) in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers.items()):
-            weight, low = layer.layer.weight.detach().cpu().flatten(1).T, layer.levels.low
+            weight, low = layer.layer.weight.detach().cpu().flatten(1).T, layer.weight_lsq.low
             axes.imshow(weight, "RdBu", aspect="auto", interpolation="nearest", vmin=low, vmax=-low)
-            axes.set(
-                title=f"{name.removeprefix('net.')}: {layer.levels.levels} levels", xlabel="output", ylabel="input"
-            )
+            axes.set(title=f"{name[4:]}: {layer.weight_lsq.levels} levels", xlabel="output", ylabel="input")
         log_figure(trainer, "test/weights", figure)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:

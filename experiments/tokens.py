@@ -37,6 +37,8 @@ class TokenDataModule(MNISTDataModule):
             super().prepare_data()
 
     def setup(self, stage: str) -> None:
+        if stage == "predict" and self.predict_dir is not None:
+            raise UserError("data.predict_dir: GPT completes digits of a known class, your own images have none")
         if not self.path:
             return super().setup(stage)
         try:
@@ -54,9 +56,9 @@ class TokenDataModule(MNISTDataModule):
             raise UserError(f"the prompt has characters that {self.path} does not have: {sorted(unseen)}")
         windows = {"train": tokens[:num_train].unfold(0, size + 1, 1)}  # one from each offset: [N, size + 1]
         windows["val"] = windows["test"] = tokens[num_train:].unfold(0, size + 1, size)  # side by side
-        self.start = torch.searchsorted(self.vocab, code_points(self.prompt or text[0]))[None]  # [1, T]
+        self.prompt_tokens = torch.searchsorted(self.vocab, code_points(self.prompt or text[0]))[None]  # [1, T]
         if stage == "predict":
-            windows["test"] = F.pad(self.start, (0, 1))
+            windows["test"] = F.pad(self.prompt_tokens, (0, 1))
         self.sets = {name: TensorBatches(part[:, :-1], part[:, 1:]) for name, part in windows.items()}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

@@ -1,4 +1,4 @@
-"""Modules of a user's own: README's as printed, saved hyperparameters, lazy and compiled layers, other metric names."""
+"""Modules of a user's own: saved hyperparameters, lazy and compiled layers, other metric names."""
 
 import re
 
@@ -47,7 +47,6 @@ MONITOR = [
     "--checkpoint.monitor=val_loss",
     "--checkpoint.filename={epoch}-{val_loss:.3f}",
 ]
-OWN = [*BRIEF[:5], "--config=plain.yaml", *MONITOR]
 
 
 def use(folder, saved: str = "") -> list[str]:
@@ -101,10 +100,10 @@ class Untyped(nn.Module):
 """
 
 
-@pytest.mark.parametrize("subcommand", [[], ["--print_config"]])
-def test_an_argument_without_a_type_gets_no_class(folder, capfd, subcommand):
+@pytest.mark.parametrize("option", [[], ["--print_config"]])
+def test_an_argument_without_a_type_gets_no_class(folder, capfd, option):
     (folder / "untyped.py").write_text(UNTYPED)
-    line = error_of(capfd, *BRIEF, "--model.net=untyped.Untyped", "--model.net.inner={class_path: CNN}", *subcommand)
+    line = error_of(capfd, *BRIEF, "--model.net=untyped.Untyped", "--model.net.inner={class_path: CNN}", *option)
     assert line == "error: untyped.Untyped: give its argument inner a type, to get a CNN"
 
 

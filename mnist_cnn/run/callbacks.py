@@ -23,16 +23,16 @@ class ModelGraph(Callback):
     """Logs the graph of the net to TensorBoard, traced with the first item of what it is called with first."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._inputs: tuple[Tensor, ...] = ()
+        self._inputs: tuple[Any, ...] | None = None
         if trainer.current_epoch == batch_idx == 0 and trainer.is_global_zero:
             self._hook = getattr(pl_module, "net", pl_module).register_forward_pre_hook(self._keep_inputs)
 
-    def _keep_inputs(self, net: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._inputs = tuple(value[:1] for value in inputs)
+    def _keep_inputs(self, net: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._inputs = tuple(value[:1] if isinstance(value, Tensor) else value for value in inputs)
         self._hook.remove()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        for logger in trainer.loggers if self._inputs else ():
+        for logger in trainer.loggers if self._inputs is not None else ():
             if isinstance(logger, TensorBoardLogger):
                 try:
                     logger.experiment.add_graph(getattr(pl_module, "net", pl_module), self._inputs)
@@ -100,7 +100,10 @@ class EpochProgressBar(callbacks.TQDMProgressBar):
 
 
 class PredictionWriter(callbacks.BasePredictionWriter):
-    """Writes predicted probabilities to a CSV file: file name or index, predicted class, a column for each class."""
+    """Writes predicted probabilities to a CSV file: file name or index, predicted class, a column for each class.
+
+    A subclass writes other predictions by a `write` of its own.
+    """
 
     def __init__(self, path: str = "predictions.csv") -> None:
         super().__init__("epoch")
@@ -111,21 +114,25 @@ class PredictionWriter(callbacks.BasePredictionWriter):
             raise UserError("predictions are written by one process: give --trainer.devices=1")
 
     def write_on_epoch_end(self, trainer: Any, pl_module: Any, predictions: Any, batch_indices: Any) -> None:
-        probabilities, names = torch.cat(predictions).cpu(), getattr(trainer.datamodule, "predict_names", None)
-        if probabilities.ndim != 2 or probabilities.shape[1] < 2:
-            raise UserError("predict_step must return probabilities [N, C]; for other outputs give --predictions=null")
+        predicted = torch.cat(predictions).cpu()
         try:
             with write_atomically(self.path) as file:
-                writer = csv.writer(file, lineterminator="\n")
-                classes = (f"p{index}" for index in range(probabilities.shape[1]))
-                writer.writerow(["file" if names else "index", "predicted", *classes])
-                for name, row in zip(names or range(len(probabilities)), probabilities):
-                    writer.writerow([name, int(row.argmax()), *(f"{p:.6f}" for p in row.tolist())])
+                self.write(file, predicted, getattr(trainer.datamodule, "predict_names", None))
         except OSError as error:
             raise UserError(f"{self.path} is not writable: {error.strerror}") from error
-        print(f"{len(probabilities)} predictions: {self.path}")
+        print(f"{len(predicted)} predictions: {self.path}")
         if unreadable := getattr(trainer.datamodule, "unreadable", []):
             raise UserError(f"not predicted, because they are not readable images: {', '.join(unreadable)}")
+
+    def write(self, file: Any, predicted: Tensor, names: list[str] | None) -> None:
+        """Writes predictions [N, ...], which belong to the files with these names, or to the test set."""
+        if predicted.ndim != 2 or predicted.shape[1] < 2:
+            raise UserError("predict_step must return probabilities [N, C]; for other outputs give --predictions=null")
+        writer = csv.writer(file, lineterminator="\n")
+        classes = (f"p{index}" for index in range(predicted.shape[1]))
+        writer.writerow(["file" if names else "index", "predicted", *classes])
+        for name, row in zip(names or range(len(predicted)), predicted):
+            writer.writerow([name, int(row.argmax()), *(f"{p:.6f}" for p in row.tolist())])
 
 
 class MonitoredMetrics(Callback):

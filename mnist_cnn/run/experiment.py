@@ -44,6 +44,11 @@ class Experiment(LightningModule):
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
+    @property
+    def has_trainer(self) -> bool:
+        """Whether there is a trainer; without one, Lightning's property `trainer` raises an error."""
+        return self._trainer is not None
+
     def parameter_groups(self) -> Any:
         """What the optimizer gets: all parameters. A subclass may return groups with options of their own."""
         return self.parameters()
@@ -59,7 +64,7 @@ class Experiment(LightningModule):
         total_steps: dict[str, int] = {}
         if arguments.get("total_steps", 0) is None and not arguments.get("steps_per_epoch"):
             # Before fit, any number serves to check the settings.
-            steps = self.trainer.estimated_stepping_batches if self._trainer else 1_000
+            steps = self.trainer.estimated_stepping_batches if self.has_trainer else 1_000
             if not 1 <= steps < math.inf:
                 raise UserError("the schedule needs the number of steps: set trainer.max_epochs or trainer.max_steps")
             total_steps["total_steps"] = int(steps)

@@ -34,12 +34,11 @@ class TestPictures(Callback):
         self._worst: dict[str, Tensor] = {}
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        images, targets = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (None, None)
-        if not (isinstance(outputs, Tensor) and outputs.ndim == 2 and isinstance(targets, Tensor)):
-            return
-        if targets.ndim != 1 or targets.is_floating_point():
-            return  # not a classifier
-        logits = outputs
+        match outputs, batch:
+            case Tensor(ndim=2) as logits, (images, Tensor(ndim=1, dtype=torch.int64) as targets):
+                pass
+            case _:
+                return  # not a classifier
         if self._confusion is None:
             self._confusion = MulticlassConfusionMatrix(logits.shape[1], validate_args=False).to(logits.device)
         self._confusion.update(logits, targets)
