@@ -17,7 +17,8 @@ with open(folder / "results_by_point.csv") as file:
         size, accuracy, std = (float(row[f"test/{name}"]) for name in ("bytes", "acc", "acc std"))
         axes.errorbar(size, accuracy, std, marker="o", capsize=3, color="tab:blue")
         bits = f"{row['model.net.weight_bits']}/{row['model.net.act_bits']}"
-        axes.annotate(bits, (size, accuracy), (5, 5), textcoords="offset points")
+        below = bits.startswith("1.58")  # its neighbour's label is above
+        axes.annotate(bits, (size, accuracy), (5, -12 if below else 5), textcoords="offset points")
 size = 4 * 40_322  # the parameters of base.yaml's net
 axes.plot(size, float_acc, "s", color="black")
 axes.annotate("float32", (size, float_acc), (-10, 8), textcoords="offset points", ha="right")

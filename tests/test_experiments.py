@@ -1,5 +1,6 @@
 """experiments/: each trains, is resumed and repeated to the last digit, and leaves its metrics and pictures."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -158,6 +159,13 @@ def test_gpt_learns_a_text_and_continues_a_prompt(folder, capfd):
 def test_a_wrong_setting_is_one_line(folder, capfd, name, option, part):
     assert part in error_of(capfd, *command(name, option))
     assert not RUNS.exists()
+
+
+def test_an_extra_that_is_not_installed_is_named(folder, capfd, monkeypatch):
+    monkeypatch.delitem(sys.modules, "experiments.graph", raising=False)
+    monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
+    line = error_of(capfd, *command("graph"))
+    assert "experiments.graph needs PyTorch Geometric and scikit-image: pip install '.[graph]'" in line
 
 
 def test_the_evaluator_recognises_digits():

@@ -33,7 +33,7 @@ def test_a_graph_net_learns(folder):
 
 
 def test_two_bits_are_nearly_as_accurate_as_floats(folder):
-    """Both trained for 200 batches; rounding alone would lose 10 points."""
+    """Both trained for 200 batches; rounding alone takes 6 points from the net of base.yaml."""
     short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=200"]
     main(["fit", f"--config={REPO}/configs/base.yaml", f"--data.data_dir={DATA}", *QUIET, *short])
     floats = metrics_of(Path("logs/mnist/version_0"))["test/acc"]
@@ -49,7 +49,8 @@ def test_diffusion_learns_the_digit_that_is_asked_for(folder):
     assert metrics["test/sampled_acc"] > 0.4 and metrics["test/frechet"] < metrics["test/frechet_noise"] / 4
 
 
-def test_gpt_learns_to_draw_digits(folder):
+def test_gpt_learns_from_the_pixels_before(folder):
+    """Class and position alone allow 0.662 nats: the mean surprise of a pixel, given its distribution over images."""
     few = ["--trainer.limit_val_batches=2", "--trainer.limit_test_batches=2", "--model.num_samples=100"]
-    metrics = fit("gpt", "--trainer.max_steps=150", *few)
-    assert metrics["test/loss"] < 0.7  # TODO
+    metrics = fit("gpt", "--trainer.max_steps=200", *few)
+    assert metrics["test/loss"] < 0.6
