@@ -113,8 +113,8 @@ class Quantized(nn.Module):
                 state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
                 net.load_state_dict({name.removeprefix("net."): value for name, value in state.items()})
             except Exception as error:  # torch raises many kinds
-                reason = f"not a checkpoint of this {type(net).__name__}: {textwrap.shorten(str(error), 240)}"
-                raise ValueError(f"weights: {weights} is {reason}") from None
+                reason = textwrap.shorten(str(error), 240)
+                raise ValueError(f"weights: {weights} cannot be loaded into {type(net).__name__}: {reason}") from None
         names = [*layers]
         for name, layer in layers.items():
             both = (first_last_bits, first_last_bits) if name in (names[0], names[-1]) else (weight_bits, act_bits)
