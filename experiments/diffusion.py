@@ -50,6 +50,8 @@ class UNet(nn.Module):
 
     def __init__(self, width: PositiveInt = 48, deep_width: PositiveInt = 96, emb_dim: PositiveInt = 128) -> None:
         super().__init__()
+        if width % 8 or deep_width % 8 or emb_dim % 2:
+            raise ValueError("width and deep_width must be multiples of 8, emb_dim of 2")
         self.classes = nn.Embedding(NO_CLASS + 1, emb_dim)
         self.time = nn.Sequential(nn.Linear(emb_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(1000), emb_dim // 2)))
@@ -140,7 +142,8 @@ class RectifiedFlow(Experiment):
     @torch.no_grad()
     def sample(self, classes: Tensor, seed: int) -> Tensor:
         """The paths [steps + 1, N, 1, 28, 28] from noise to digits of the classes [N]."""
-        x = torch.randn(len(classes), 1, 28, 28, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        noise = torch.randn(len(classes), 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+        x = noise.to(self.device, self.dtype)  # type: ignore[arg-type]
         path, h = [x], 1 / self.steps
         for step in range(self.steps):
             velocity = self.guided(x, step * h, classes)
@@ -152,7 +155,7 @@ class RectifiedFlow(Experiment):
 
     def guided(self, x: Tensor, time: float, classes: Tensor) -> Tensor:
         """The velocity with classifier-free guidance: (1 + w) v(x, class) - w v(x) (Ho and Salimans 2022, eq. 6)."""
-        times = torch.full([len(x)], time, device=x.device)
+        times = torch.full([len(x)], time, device=x.device, dtype=x.dtype)
         conditional, without = self.net(x, times, classes), self.net(x, times, torch.full_like(classes, NO_CLASS))
         return conditional + self.guidance * (conditional - without)
 
@@ -166,7 +169,7 @@ class RectifiedFlow(Experiment):
     def pixels(self, images: Tensor) -> Tensor:
         """Normalised images in [0, 1] again."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        return (images * data.std + data.mean).clamp(0, 1)
+        return (images.float() * data.std + data.mean).clamp(0, 1)
 
     def judge(self, stage: str, batches: list[int | float]) -> None:
         """Generates digits; logs how well they are recognised and how far they are from the real ones, and pictures."""

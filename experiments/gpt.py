@@ -131,7 +131,7 @@ class GPT(Experiment):
         """Logs the loss, which Lightning averages over batches and processes."""
         loss = self.training_step(batch, 0)
         self.log(f"{stage}/loss", loss, batch_size=len(batch[0]), sync_dist=True)
-        if self.trainer.datamodule.path:  # type: ignore[attr-defined]
+        if self.trainer.datamodule.path is not None:  # type: ignore[attr-defined]
             self.log(f"{stage}/bits", loss / math.log(2), batch_size=len(batch[0]), sync_dist=True)
 
     @torch.no_grad()
@@ -161,7 +161,7 @@ class GPT(Experiment):
     def sample(self, stage: str) -> None:
         """Logs a text; or digits, and the share of them that a classifier takes for the digit asked for."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data.path:
+        if data.path is not None:
             text = self.generate(data.prompt_tokens.to(self.device), self.num_samples)
             return log_text(self.trainer, f"{stage}/sample", self.decode(text[0]))
         classes = torch.arange(self.num_samples, device=self.device) % 10
@@ -178,7 +178,7 @@ class GPT(Experiment):
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Prints how the prompt goes on; or returns digits beside completions of their upper half, [N, 1, 28, 56]."""
         seed = torch.initial_seed() + batch_idx  # seed_everything chooses what is sampled
-        if self.trainer.datamodule.path:  # type: ignore[attr-defined]
+        if self.trainer.datamodule.path is not None:  # type: ignore[attr-defined]
             tokens = self.generate(batch[0], self.num_samples, seed)
             print(self.decode(tokens[0]))
             return tokens

@@ -35,7 +35,7 @@ def make_graph(image: np.ndarray, n_segments: int, compactness: float, neighbour
     label = slic(image, n_segments, compactness, start_label=0, channel_axis=None).ravel()  # [784]
     area = np.bincount(label)  # [M]
     if not neighbours < len(area) <= 256:  # a row's number is a byte
-        raise UserError(f"an image has {len(area)} superpixels; {neighbours=} needs {neighbours + 1} to 256 of them")
+        raise UserError(f"an image has {len(area)} superpixels: they must be more than {neighbours=}, at most 256")
     y, x = np.mgrid[:28, :28].reshape(2, -1)
     grey, x, y = (np.bincount(label, values) / area for values in (image.ravel(), x, y))
     distance = (x[:, None] - x) ** 2 + (y[:, None] - y) ** 2  # [M, M]
@@ -192,7 +192,7 @@ class GraphPictures(Callback):
                 pos = 14 * (graph.pos + 1)  # [V, 2], in pixels
                 axes.imshow(images[index], cmap="gray", alpha=0.4)
                 axes.add_collection(LineCollection(pos[graph.edge_index.T].tolist(), linewidths=0.3))  # [E, 2, 2]
-                axes.scatter(*pos.T, 25, graph.x[:, 0], cmap="gray", edgecolors="tab:orange", linewidths=0.5)
+                axes.scatter(*pos.T, 25, graph.x[:, 0], cmap="gray", edgecolors="tab:orange", linewidths=0.5, zorder=3)
                 probability, predicted = logits[index].softmax(0).max(0)
                 axes.set_title(f"{targets[index]} → {predicted} ({probability:.2f})", fontsize=9)
                 axes.axis("off")

@@ -7,7 +7,6 @@ exact below 2^24; the net that is read from the packed file does the same in int
 
 import copy
 import math
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,8 @@ class LSQ(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.low, self.high, self.count = map(int, state)
+        if self.count and (found := self.high - self.low + 1) != self.levels:
+            raise UserError(f"the checkpoint has {found} levels, not {self.levels}: give its number of bits")
 
     def step_size(self) -> Tensor:
         """The step size s, with its gradient multiplied by g = 1 / √(N Q_P) (section 2.2)."""
@@ -105,7 +106,7 @@ class Quantized(nn.Module):
             if bits not in range(2, 9) and (name, bits) != ("weight_bits", 1.58):
                 raise ValueError(f"{name} must be 2 to 8{', or 1.58' * (name == 'weight_bits')}, not {bits:g}")
         self.net = net
-        layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+        layers = {name: layer for name, layer in self.named_modules() if type(layer) in (nn.Conv2d, nn.Linear)}
         if not layers:
             raise ValueError(f"{type(net).__name__} has no Conv2d or Linear layer to quantize")
         if weights is not None:
@@ -113,8 +114,7 @@ class Quantized(nn.Module):
                 state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
                 net.load_state_dict({name.removeprefix("net."): value for name, value in state.items()})
             except Exception as error:  # torch raises many kinds
-                reason = textwrap.shorten(str(error), 240)
-                raise ValueError(f"weights: {weights} cannot be loaded into {type(net).__name__}: {reason}") from None
+                raise ValueError(f"weights={weights} does not load into {type(net).__name__}: {error!s:.240}") from None
         names = [*layers]
         for name, layer in layers.items():
             both = (first_last_bits, first_last_bits) if name in (names[0], names[-1]) else (weight_bits, act_bits)
@@ -142,7 +142,7 @@ def write_packed(net: Quantized, path: Path) -> None:
     """Writes the integer weights as digits of 64-bit words, and all other numbers as float32."""
     words = []
     for layer in net.quantized().values():
-        places, weight = place_values(layer), layer.layer.weight.detach().cpu().contiguous().numpy().flatten()
+        places, weight = place_values(layer), layer.layer.weight.detach().cpu().float().contiguous().numpy().flatten()
         digits = np.pad(weight - layer.weight_lsq.low, (0, -weight.size % places.size)).astype(np.uint64)
         words.append((digits.reshape(-1, places.size) * places).sum(axis=1, dtype=np.uint64))
     numbers = torch.cat([value.detach().cpu().float().flatten() for value in net.other_state().values()])

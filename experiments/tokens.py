@@ -21,38 +21,36 @@ class TokenDataModule(MNISTDataModule):
     Args:
         path: A text in UTF-8 to learn instead of digits. Its end, of `val_size`, is for validation and test.
         block_size: Characters of a text that are seen at once; digits are seen whole.
-        prompt: Characters with which a sampled text begins; null: the first one of `path`.
+        prompt: Characters with which a sampled text begins; by default the first one of `path`.
         kwargs: Arguments of MNISTDataModule.
     """
 
-    def __init__(
-        self, path: str | None = None, block_size: PositiveInt = 64, prompt: str | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, path: str | None = None, block_size: PositiveInt = 64, prompt: str = "", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.path, self.block_size, self.prompt = path, block_size if path else 196, prompt
+        self.path, self.block_size, self.prompt = path, 196 if path is None else block_size, prompt
         self.vocab = torch.arange(18)  # of a text: the code points of its characters, sorted
 
     def prepare_data(self) -> None:
-        if not self.path:
+        if self.path is None:
             super().prepare_data()
 
     def setup(self, stage: str) -> None:
         if stage == "predict" and self.predict_dir is not None:
             raise UserError("data.predict_dir: GPT completes digits of a known class, your own images have none")
-        if not self.path:
+        if self.path is None:
             return super().setup(stage)
         try:
-            text = Path(self.path).read_text(encoding="utf-8")
+            text = Path(self.path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.path} cannot be read as UTF-8: {error}") from error
+            raise UserError(f"{self.path or 'data.path'} cannot be read: {error}") from error
         self.vocab, tokens = code_points(text).unique(return_inverse=True)
         num_val = round(self.val_size * len(text)) if isinstance(self.val_size, float) else self.val_size
         num_train, size = len(text) - num_val, self.block_size
         if num_train < size + self.batch_size or num_val <= size:
-            parts = f"{num_train} characters to train and {num_val} to validate"
+            parts = f"{num_train} characters to train and {num_val} to validate (val_size={self.val_size})"
             needed = f"block_size={size} and batch_size={self.batch_size} need {size + self.batch_size} and {size + 1}"
             raise UserError(f"{self.path} is too short: it has {parts}, {needed}")
-        if unseen := {*(self.prompt or "")} - {*text}:
+        if unseen := {*self.prompt} - {*text}:
             raise UserError(f"the prompt has characters that {self.path} does not have: {sorted(unseen)}")
         windows = {"train": tokens[:num_train].unfold(0, size + 1, 1)}  # one from each offset: [N, size + 1]
         windows["val"] = windows["test"] = tokens[num_train:].unfold(0, size + 1, size)  # side by side
@@ -62,7 +60,7 @@ class TokenDataModule(MNISTDataModule):
         self.sets = {name: TensorBatches(part[:, :-1], part[:, 1:]) for name, part in windows.items()}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        if self.path:
+        if self.path is not None:
             return batch
         images, classes = super().on_after_batch_transfer(batch, dataloader_idx)
         grey = (F.avg_pool2d(images.float() * self.std + self.mean, 2) * 7).round().clamp(0, 7)  # [N, 1, 14, 14]

@@ -53,4 +53,4 @@ def test_gpt_learns_from_the_pixels_before(folder):
     """Class and position alone allow 0.662 nats: the mean surprise of a pixel, given its distribution over images."""
     few = ["--trainer.limit_val_batches=2", "--trainer.limit_test_batches=2", "--model.num_samples=100"]
     metrics = fit("gpt", "--trainer.max_steps=200", *few)
-    assert metrics["test/loss"] < 0.6
+    assert metrics["test/loss"] < 0.64
