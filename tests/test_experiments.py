@@ -14,6 +14,7 @@ from experiments.gpt import GPT
 from experiments.quantized import Quantized, read_packed, write_packed
 from experiments.tokens import TokenDataModule, pixels
 from mnist_cnn import CNN, MNISTDataModule
+from mnist_cnn.run.errors import UserError
 
 SMALL = {  # options that make it fast
     "diffusion": ["--model.net.width=8", "--model.net.deep_width=8", "--model.num_samples=20", "--model.steps=2"],
@@ -193,6 +194,8 @@ def test_packed_weights_come_back_as_integers(tmp_path, bits):
     read = read_packed(Quantized(CNN(), weight_bits=bits), tmp_path / "net.npz")
     assert {layer.layer.weight.dtype for layer in read.quantized().values()} == {torch.int32}
     assert torch.allclose(read(images), logits, atol=1e-5)
+    with pytest.raises(UserError, match="the checkpoint has 32 levels, not"):
+        net.load_state_dict(Quantized(CNN(), weight_bits=5).state_dict())
 
 
 def test_frechet_distance_of_known_distributions():
