@@ -1,7 +1,7 @@
 """A step of configs/gpt_text.yaml against a plain torch loop's, one thread: `python benchmarks/gpt.py TEXT`.
 
 The loop has the same net, data, batch size, clipping and optimizer, and logs nothing. `fit` is as shipped, validation
-aside; TensorBoard has the times of its steps. Processes alternate. Prints the median of 50 steps, and the ratio.
+aside; TensorBoard has the times of its steps. Both alternate. Prints the median of 50 steps, and the ratio.
 """
 
 import itertools

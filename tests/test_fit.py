@@ -252,12 +252,14 @@ def test_any_loggers_have_one_folder_a_run(folder, loggers):
         "trainer: {logger: [{class_path: lightning.pytorch.loggers.WandbLogger, init_args: {save_dir: logs}},"
         " {class_path: TensorBoardLogger, init_args: {save_dir: logs, name: mnist}}]}"
     )
-    main([*BRIEF, "--trainer.max_epochs=1", *loggers])
-    assert os.listdir(RUNS) == ["version_0"]
-    assert {"config.yaml", "metrics.json", "checkpoints"} <= set(os.listdir(RUN))
-    assert bool(list(RUN.glob("events.*"))) == (loggers in (LOGGERS["TensorBoard alone"], LOGGERS["a list"]))
+    for _ in range(2):
+        main([*BRIEF, "--trainer.max_epochs=1", *loggers])
+    assert sorted(os.listdir(RUNS)) == ["version_0", "version_1"]
+    for run in RUNS.iterdir():
+        assert {"config.yaml", "metrics.json", "checkpoints"} <= set(os.listdir(run))
+        assert bool(list(run.glob("events.*"))) == (loggers in (LOGGERS["TensorBoard alone"], LOGGERS["a list"]))
     offline = list(folder.glob("logs/wandb/offline-run-*/*.wandb"))
-    assert len(offline) == (loggers in (LOGGERS["W&B alone"], LOGGERS["a list"]))
+    assert len(offline) == (2 if loggers in (LOGGERS["W&B alone"], LOGGERS["a list"]) else 0)
 
 
 def test_the_trainer_can_be_used_after_a_run(folder, capfd):
@@ -332,7 +334,17 @@ def test_labels_are_smoothed_in_training_only(folder):
 
 
 def test_a_net_that_cannot_be_traced_is_trained(folder, capfd):
-    """Because it is called with a number, too."""
+    (folder / "untraceable.py").write_text(
+        "from mnist_cnn import CNN\n\nclass Untraceable(CNN):\n    def forward(self, images):\n"
+        "        assert len(images) > 1, 'not for one image'\n        return super().forward(images)\n"
+    )
+    main([*BRIEF, "--graph={}", "--tensorboard={}", "--model.net=untraceable.Untraceable"])
+    assert "not for one image" in capfd.readouterr().err
+    assert (RUN / "metrics.json").exists()
+
+
+def test_a_net_that_is_called_with_a_number_is_trained(folder, capfd):
+    """TensorBoard's graph takes tensors only."""
     (folder / "scaled.py").write_text(
         "from mnist_cnn import CNN, LitClassifier\n\nclass Scaled(LitClassifier):\n    def forward(self, images):\n"
         "        return self.net(images, 2)\n\nclass Net(CNN):\n    def forward(self, images, scale):\n"

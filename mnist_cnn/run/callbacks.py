@@ -1,6 +1,7 @@
 """Callbacks of every experiment: graph, histograms, progress, predict's file, and checks of what is monitored."""
 
 import csv
+import io
 import re
 import sys
 import time
@@ -102,7 +103,7 @@ class EpochProgressBar(callbacks.TQDMProgressBar):
 class PredictionWriter(callbacks.BasePredictionWriter):
     """Writes predicted probabilities to a CSV file: file name or index, predicted class, a column for each class.
 
-    A subclass writes other predictions by a `write` of its own.
+    A subclass writes another file by a `content` of its own.
     """
 
     def __init__(self, path: str = "predictions.csv") -> None:
@@ -115,24 +116,27 @@ class PredictionWriter(callbacks.BasePredictionWriter):
 
     def write_on_epoch_end(self, trainer: Any, pl_module: Any, predictions: Any, batch_indices: Any) -> None:
         predicted = torch.cat(predictions).cpu()
+        content = self.content(predicted, getattr(trainer.datamodule, "predict_names", None))
         try:
             with write_atomically(self.path) as file:
-                self.write(file, predicted, getattr(trainer.datamodule, "predict_names", None))
+                file.buffer.write(content)
         except OSError as error:
             raise UserError(f"{self.path} is not writable: {error.strerror}") from error
         print(f"{len(predicted)} predictions: {self.path}")
         if unreadable := getattr(trainer.datamodule, "unreadable", []):
             raise UserError(f"not predicted, because they are not readable images: {', '.join(unreadable)}")
 
-    def write(self, file: Any, predicted: Tensor, names: list[str] | None) -> None:
-        """Writes predictions [N, ...], which belong to the files with these names, or to the test set."""
+    def content(self, predicted: Tensor, names: list[str] | None) -> bytes:
+        """The file of predictions [N, ...], which belong to the files with these names, or to the test set."""
         if predicted.ndim != 2 or predicted.shape[1] < 2:
             raise UserError("predict_step must return probabilities [N, C]; for other outputs give --predictions=null")
+        file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         classes = (f"p{index}" for index in range(predicted.shape[1]))
         writer.writerow(["file" if names else "index", "predicted", *classes])
         for name, row in zip(names or range(len(predicted)), predicted):
             writer.writerow([name, int(row.argmax()), *(f"{p:.6f}" for p in row.tolist())])
+        return file.getvalue().encode(errors="surrogateescape")  # file names may be any bytes
 
 
 class MonitoredMetrics(Callback):
