@@ -83,7 +83,7 @@ def test_a_data_module_and_a_model_as_printed(clone):
     assert metrics_of(Path("whole"))["val/acc"] > 0.6
     main(["fit", "--config=whole/config.yaml", "--run_dir=again"])
     assert_same_run(Path("again"), Path("whole"))
-    main([*command, "--run_dir=part", "--trainer.max_steps=50"])  # of 40 in an epoch
+    main([*command, "--run_dir=part", "--trainer.max_steps=50"])  # of 100 in an epoch
     main([*command, "--run_dir=resumed", "--ckpt_path=part/checkpoints/last.ckpt"])
     assert_same_run(Path("resumed"), Path("whole"))
 
